@@ -179,7 +179,12 @@ func (a *Authority) signer(now time.Time) keystore.Pair {
 	if now.Before(renewAt(s.intermediate.Chain[0])) {
 		return s.intermediate
 	}
-	if err := a.Renew(); err != nil && !errors.Is(err, ErrNoRoot) {
+	// Whoever finds a renewal under way signs with the old one meanwhile.
+	if !a.mu.TryLock() {
+		return s.intermediate
+	}
+	defer a.mu.Unlock()
+	if err := a.renewDueLocked(now); err != nil && !errors.Is(err, ErrNoRoot) {
 		a.opts.Log.Error("cannot renew the intermediate", "err", err, "not_after", s.intermediate.Chain[0].NotAfter)
 	}
 	return a.state.Load().intermediate

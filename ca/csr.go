@@ -3,6 +3,7 @@ package ca
 import (
 	"context"
 	"crypto/x509"
+	"encoding/asn1"
 	"fmt"
 	"time"
 
@@ -56,12 +57,12 @@ func requestedID(csr *x509.CertificateRequest) (spiffeid.ID, error) {
 	if len(csr.Extensions) != 1 || !csr.Extensions[0].Id.Equal(oidSAN) {
 		return spiffeid.ID{}, broken("the request must have the subject alternative name and no other extension")
 	}
-	uris, err := uriNamesIn(csr.Extensions[0])
+	names, err := generalNames(csr.Extensions[0])
 	if err != nil {
 		return spiffeid.ID{}, err
 	}
-	if others := len(csr.DNSNames) + len(csr.EmailAddresses) + len(csr.IPAddresses); len(uris) != 1 || others != 0 {
-		return spiffeid.ID{}, broken("the request has %d URI names and %d others, must be one and none", len(uris), others)
+	if len(names) != 1 || names[0].Class != asn1.ClassContextSpecific || names[0].Tag != tagURI {
+		return spiffeid.ID{}, broken("the request must have one URI name and no other, it has %d names", len(names))
 	}
-	return parseID(uris[0])
+	return parseID(string(names[0].Bytes))
 }

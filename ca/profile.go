@@ -137,10 +137,9 @@ func uriNames(cert *x509.Certificate) ([]string, error) {
 }
 
 func uriNamesIn(san pkix.Extension) ([]string, error) {
-	var names []asn1.RawValue
-	rest, err := asn1.Unmarshal(san.Value, &names)
-	if err != nil || len(rest) != 0 {
-		return nil, broken("malformed subject alternative name")
+	names, err := generalNames(san)
+	if err != nil {
+		return nil, err
 	}
 	var uris []string
 	for _, n := range names {
@@ -149,6 +148,15 @@ func uriNamesIn(san pkix.Extension) ([]string, error) {
 		}
 	}
 	return uris, nil
+}
+
+func generalNames(san pkix.Extension) ([]asn1.RawValue, error) {
+	var names []asn1.RawValue
+	rest, err := asn1.Unmarshal(san.Value, &names)
+	if err != nil || len(rest) != 0 {
+		return nil, broken("malformed subject alternative name")
+	}
+	return names, nil
 }
 
 // CheckKey reports whether a public key is strong enough to be certified:

@@ -86,7 +86,10 @@ func (a *Authority) reloadLocked() error {
 func (a *Authority) Renew() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	now := time.Now()
+	return a.renewDueLocked(time.Now())
+}
+
+func (a *Authority) renewDueLocked(now time.Time) error {
 	if now.Before(a.retryAt) || now.Before(renewAt(a.state.Load().intermediate.Chain[0])) {
 		return nil
 	}
