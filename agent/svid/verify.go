@@ -164,6 +164,9 @@ func (t *trusted) verify(certs []*x509.Certificate, td spiffeid.TrustDomain, at 
 // intermediate that says it is of another trust domain would be believed because
 // its root is ours.
 func checkPath(issuers []*x509.Certificate, td spiffeid.TrustDomain) (end time.Time, err error) {
+	if len(issuers) == 0 {
+		return time.Time{}, fmt.Errorf("%w: a leaf stands in the trust bundle itself", ca.ErrProfile)
+	}
 	for i, c := range issuers {
 		if err := ca.CheckCA(c, td); err != nil {
 			return time.Time{}, err
