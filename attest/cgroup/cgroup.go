@@ -125,6 +125,16 @@ func (t *Tree) Root() string { return t.mount }
 // Unit finds the systemd unit of a path below the v2 root. See [UnitOf].
 func (t *Tree) Unit(p string) Unit { return UnitOf(p, t.roots) }
 
+// Rooted reports whether a path lies below one of the configured unit roots.
+func (t *Tree) Rooted(p string) bool {
+	for _, r := range t.roots {
+		if strings.HasPrefix(p, r+"/") {
+			return true
+		}
+	}
+	return false
+}
+
 // HasUnit reports whether a cgroup NAME directly below a unit root exists.
 func (t *Tree) HasUnit(name string) bool {
 	for _, r := range t.roots {

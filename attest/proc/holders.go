@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -119,26 +120,56 @@ func (f *FS) holds(pid uint32, want string, threads bool) (Holder, bool, error) 
 	return Holder{Process: st.Process, FD: fd}, true, nil
 }
 
+// Sockets lists the inode numbers of the sockets that a process holds open.
+func (f *FS) Sockets(pid uint32) ([]uint64, error) {
+	h, err := f.Open(pid)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	var inodes []uint64
+	err = h.descriptors("fd", func(_, link string) bool {
+		num, ok := strings.CutPrefix(strings.TrimSuffix(link, "]"), "socket:[")
+		if ino, err := strconv.ParseUint(num, 10, 64); ok && err == nil {
+			inodes = append(inodes, ino)
+		}
+		return true
+	})
+	return inodes, err
+}
+
 // descriptor returns the number of a descriptor whose link is want, or -1.
 func (h *Handle) descriptor(table, want string) (int, error) {
+	fd := -1
+	err := h.descriptors(table, func(name, link string) bool {
+		if link == want {
+			fd, _ = strconv.Atoi(name) // the kernel's own numbers
+		}
+		return link != want
+	})
+	return fd, err
+}
+
+// descriptors calls fn with every descriptor of a table until it returns false.
+func (h *Handle) descriptors(table string, fn func(name, link string) bool) error {
 	dfd, err := unix.Openat(h.dir, table, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, failed(h.pid, "descriptors", err)
+		return failed(h.pid, "descriptors", err)
 	}
 	dir := os.NewFile(uintptr(dfd), table)
 	defer dir.Close()
 	names, err := dir.Readdirnames(-1)
-	var buf [64]byte
+	var buf [64]byte // links to files are cut short, which is of no interest
 	for _, name := range names {
 		n, err := unix.Readlinkat(dfd, name, buf[:])
-		if err == nil && string(buf[:n]) == want {
-			return strconv.Atoi(name)
+		if err == nil && !fn(name, string(buf[:n])) {
+			return nil
 		}
 	}
 	if err != nil {
-		return -1, failed(h.pid, "descriptors", err)
+		return failed(h.pid, "descriptors", err)
 	}
-	return -1, nil
+	return nil
 }
 
 func (h *Handle) threadDescriptor(want string) (int, error) {

@@ -106,7 +106,7 @@ func (f *FS) ReadHandle(h *Handle) (Image, error) {
 		return Image{}, err
 	}
 	f.between("rest")
-	return img, img.unchanged(h)
+	return img, h.Unchanged(&img)
 }
 
 func (img *Image) rest(h *Handle) (err error) {
@@ -123,8 +123,10 @@ func (img *Image) rest(h *Handle) (err error) {
 	return err
 }
 
-// unchanged reads again what an execve or an exit in between would have changed.
-func (img *Image) unchanged(h *Handle) error {
+// Unchanged returns [workload.ErrGone] unless the process is alive, is the one
+// that img was read from, and still executes the same file. It reads again only
+// what an exit or an execve would have changed, a fraction of Read.
+func (h *Handle) Unchanged(img *Image) error {
 	exe, err := h.Exe()
 	if err != nil {
 		return err
@@ -137,15 +139,4 @@ func (img *Image) unchanged(h *Handle) error {
 		return fmt.Errorf("process %d: executed another file meanwhile: %w", h.pid, workload.ErrGone)
 	}
 	return nil
-}
-
-// Still reports whether the process is alive, is the one that img was read
-// from, and still executes the same file. It costs a fraction of Read.
-func (f *FS) Still(img *Image) bool {
-	h, err := f.Open(img.PID)
-	if err != nil {
-		return false
-	}
-	defer h.Close()
-	return img.unchanged(h) == nil
 }
