@@ -1,0 +1,149 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"ringfence.dev/agent/capture"
+	"ringfence.dev/policy/authz"
+)
+
+const (
+	// sampleEvery is how soon a port that an uncovered program opens is left alone.
+	// Until then the agent is asked, and lets it pass.
+	sampleEvery = time.Second
+	// reconcileEvery is the pause between two scopes whose rules are read back. With
+	// two hundred scopes each is looked at every ten minutes or so, and
+	// it costs a few forks a minute; a single one every three seconds.
+	reconcileEvery = 3 * time.Second
+)
+
+// Run samples sockets, keeps the rules in step with what listens, repairs rules
+// that somebody changed, and tells the guard that the agent lives. It returns
+// when ctx ends and everything it started is gone.
+func (b *Backend) Run(ctx context.Context, event func(capture.Event)) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b.beat(ctx)
+	}()
+	defer func() { <-done }()
+	sample, reconcile := time.NewTicker(sampleEvery), time.NewTicker(reconcileEvery)
+	defer sample.Stop()
+	defer reconcile.Stop()
+	b.sample(ctx, event)
+	for next := 0; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-sample.C:
+			b.sample(ctx, event)
+		case <-reconcile.C:
+			next = b.reconcileOne(ctx, next)
+		}
+	}
+}
+
+// sample passes on what is seen, and keeps the rules in step with it.
+func (b *Backend) sample(ctx context.Context, event func(capture.Event)) {
+	b.watch.Sample(ctx, func(e capture.Event) {
+		if b.tells(e) {
+			event(e)
+		}
+	})
+	for _, sc := range b.all() {
+		sc.mu.Lock()
+		if !sc.closed && sc.fw != nil && sc.s.Mode != authz.Watch {
+			sc.portsLocked(b.watch.Listeners(sc.name))
+			if err := sc.refreshLocked(ctx); err != nil && ctx.Err() == nil {
+				b.log.Error("rules could not follow the scope's listeners", "scope", sc.name, "error", err)
+			}
+		}
+		sc.mu.Unlock()
+	}
+}
+
+// tells keeps back what the agent learns better from the redirected connection.
+func (b *Backend) tells(e capture.Event) bool {
+	if e.Flow.Caller.CgroupID == b.leafID {
+		return false // the agent itself
+	}
+	sc, err := b.scope(e.Flow.Scope)
+	if err != nil {
+		return false
+	}
+	sc.mu.Lock()
+	mode, loopback := sc.s.Mode, sc.s.Loopback
+	sc.mu.Unlock()
+	port := e.Kind == capture.Listening || e.Kind == capture.Closed
+	local := e.Flow.Destination.Addr().IsLoopback() || e.Flow.Destination.Addr() == e.Flow.Source.Addr()
+	return port || e.Bypassing || mode == authz.Watch || local && loopback == capture.LoopbackObserve
+}
+
+// reconcileOne reads one scope's rules back, and writes them again when somebody
+// has changed them: inside a container with CAP_NET_ADMIN anybody can.
+func (b *Backend) reconcileOne(ctx context.Context, next int) int {
+	scopes := b.all()
+	if len(scopes) == 0 {
+		return 0
+	}
+	if next >= len(scopes) {
+		next = 0
+	}
+	sc := scopes[next]
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	if sc.closed || sc.fw == nil || sc.s.Mode == authz.Watch {
+		return next + 1
+	}
+	if wrong := sc.fw.Verify(ctx, sc.want); len(wrong) > 0 && ctx.Err() == nil {
+		b.repairs.Add(1)
+		b.log.Warn("somebody changed the rules; writing them again", "scope", sc.name, "differences", wrong)
+		if err := sc.writeLocked(ctx); err != nil {
+			b.log.Error("rules could not be repaired", "scope", sc.name, "error", err)
+		}
+	}
+	return next + 1
+}
+
+// Repairs is how often rules were found changed and written again.
+func (b *Backend) Repairs() uint64 { return b.repairs.Load() }
+
+func (b *Backend) beat(ctx context.Context) {
+	if b.guard == nil {
+		return
+	}
+	err := b.guard.run(ctx, func() { b.rearm(ctx) })
+	if err != nil && !errors.Is(err, context.Canceled) {
+		b.log.Error("the guard process is gone: a dead or hung agent will not be noticed", "error", err)
+	}
+}
+
+// rearm writes all rules again after the guard has written its wills: the agent
+// was stopped for longer than allowed, and lives again.
+func (b *Backend) rearm(ctx context.Context) {
+	b.log.Warn("the guard took the agent for dead; capturing again")
+	for _, sc := range b.all() {
+		sc.mu.Lock()
+		if !sc.closed && sc.fw != nil {
+			if err := sc.writeLocked(ctx); err != nil {
+				b.log.Error("rules could not be written again", "scope", sc.name, "error", err)
+			}
+		}
+		sc.mu.Unlock()
+	}
+}
+
+func (b *Backend) all() []*scope {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	scopes := make([]*scope, 0, len(b.scopes))
+	for _, sc := range b.scopes {
+		scopes = append(scopes, sc)
+	}
+	slices.SortFunc(scopes, func(x, y *scope) int { return strings.Compare(x.name, y.name) })
+	return scopes
+}

@@ -1,0 +1,272 @@
+package iptables
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"ringfence.dev/agent/capture"
+	"ringfence.dev/attest/sockdiag"
+	fw "ringfence.dev/cni/iptables"
+	"ringfence.dev/policy/authz"
+)
+
+// scope is one namespace with rules in it.
+type scope struct {
+	b    *Backend
+	name string
+
+	// mu held means that the rules in the kernel are those in want.
+	mu         sync.Mutex
+	s          capture.Scope
+	fw         *fw.Namespace
+	diag       *sockdiag.Conn
+	ct         conntrack
+	spec       spec
+	table      []capture.Cgroup
+	want       map[fw.Family]fw.Ruleset
+	wrotePorts []port // those in the rules of want
+	ipv6       bool   // the namespace has IPv6
+	failed     error  // of the latest attempt to write rules
+	closed     bool
+}
+
+func (sc *scope) openLocked(ctx context.Context, s capture.Scope) (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, sc.closeLocked(context.WithoutCancel(ctx), true))
+		}
+	}()
+	sc.s = s
+	if sc.fw, err = sc.b.tools.Open(ctx, s.NS); err != nil {
+		return err
+	}
+	if sc.diag, err = sockdiag.Open(s.NS); err != nil {
+		return err
+	}
+	if err := sc.b.watch.Watch(s); err != nil {
+		return err
+	}
+	sc.ipv6 = hasIPv6(s)
+	sc.ct = newConntrack(s.NS)
+	sc.ct.begin()
+	sc.respecLocked()
+	return sc.writeLocked(ctx)
+}
+
+func (sc *scope) setModeLocked(ctx context.Context, s capture.Scope) error {
+	if sc.closed {
+		return capture.ErrNoScope
+	}
+	before := sc.s
+	sc.s.Mode, sc.s.Loopback, sc.s.OnAgentDown = s.Mode, s.Loopback, s.OnAgentDown
+	sc.s.Outbound, sc.s.Inbound = s.Outbound, s.Inbound
+	sc.respecLocked()
+	err := sc.writeLocked(ctx)
+	if err == nil {
+		return nil
+	}
+	sc.s = before
+	sc.respecLocked()
+	return errors.Join(err, sc.writeLocked(context.WithoutCancel(ctx)))
+}
+
+// respecLocked derives the rules' inputs from the scope's settings and tables.
+func (sc *scope) respecLocked() {
+	sc.spec.leaf, sc.spec.mark = sc.b.leaf, sc.b.mark
+	sc.spec.mode = sc.s.Mode
+	sc.spec.loopback = sc.s.Loopback == capture.LoopbackEnforce
+	sc.spec.cgroups = nil
+	if sc.s.Host {
+		sc.spec.cgroups = compress(sc.aliveLocked())
+	}
+}
+
+// aliveLocked leaves out cgroups that are gone, or whose name another cgroup has
+// by now: xt_cgroup refuses a rule with a path that does not exist, and with
+// it the whole transaction.
+func (sc *scope) aliveLocked() []capture.Cgroup {
+	var alive []capture.Cgroup
+	for _, c := range sc.table {
+		// The kernel takes paths of less than 512 bytes, xt_cgroup.h.
+		if id, err := sc.b.tree.ID(clean(c.Path)); err == nil && (c.ID == 0 || id == c.ID) && len(c.Path) < 511 {
+			alive = append(alive, c)
+		}
+	}
+	return alive
+}
+
+func (sc *scope) setCgroupsLocked(ctx context.Context, table []capture.Cgroup) error {
+	if sc.closed {
+		return capture.ErrNoScope
+	}
+	sc.table = slices.Clone(table)
+	sc.portsLocked(sc.b.watch.Listeners(sc.name))
+	return sc.refreshLocked(ctx)
+}
+
+// refreshLocked writes the rules when what they depend on has changed. A cgroup
+// that goes away between the look and the write fails the write: look again.
+func (sc *scope) refreshLocked(ctx context.Context) (err error) {
+	for range 3 {
+		before := sc.spec
+		sc.respecLocked()
+		if sc.failed == nil && slices.Equal(before.cgroups, sc.spec.cgroups) && slices.Equal(sc.wrotePorts, sc.spec.ports) {
+			return nil
+		}
+		if err = sc.writeLocked(ctx); err == nil || ctx.Err() != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// wantLocked is what the namespace shall hold now.
+func (sc *scope) wantLocked() map[fw.Family]fw.Ruleset {
+	want := map[fw.Family]fw.Ruleset{fw.IPv4: sc.spec.up(fw.IPv4)}
+	if sc.ipv6 && sc.fw.Family(fw.IPv6) {
+		want[fw.IPv6] = sc.spec.up(fw.IPv6)
+	}
+	return want
+}
+
+func (sc *scope) writeLocked(ctx context.Context) error {
+	sc.want = sc.wantLocked()
+	sc.failed = sc.fw.Apply(ctx, sc.want)
+	if sc.failed != nil {
+		return sc.failed
+	}
+	sc.wrotePorts = slices.Clone(sc.spec.ports)
+	return sc.willLocked()
+}
+
+// willLocked tells the guard what to write when the agent is gone.
+func (sc *scope) willLocked() error {
+	if sc.b.guard == nil {
+		return nil
+	}
+	if sc.s.Mode == authz.Watch {
+		return sc.b.guard.forget(sc.name)
+	}
+	variant, _ := sc.fw.Variant()
+	down := map[fw.Family]fw.Ruleset{}
+	if sc.s.Mode == authz.Enforce && sc.s.OnAgentDown != capture.DownOpen {
+		for f := range sc.want {
+			down[f] = sc.spec.down(f)
+		}
+	}
+	return sc.b.guard.arm(will{Scope: sc.name, NetNS: nsPath(sc.s.NS.FD()), Variant: variant, Down: down})
+}
+
+func (sc *scope) closeLocked(ctx context.Context, detach bool) error {
+	if sc.closed {
+		return nil
+	}
+	var errs []error
+	if sc.b.guard != nil {
+		// First, or the guard would write its will over a namespace just cleaned.
+		errs = append(errs, sc.b.guard.forget(sc.name))
+	}
+	if detach && sc.fw != nil {
+		if err := sc.fw.Remove(ctx); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+	}
+	sc.closed = true
+	if sc.diag != nil {
+		errs = append(errs, sc.diag.Close())
+	}
+	errs = append(errs, sc.b.watch.Remove(ctx, sc.name))
+	return errors.Join(errs...)
+}
+
+// portsLocked works out which listening addresses of a host scope are not
+// covered. Elsewhere everything that listens is, except for the agent itself.
+func (sc *scope) portsLocked(listening []sockdiag.Socket) {
+	covered := map[port]bool{} // keyed with covered false
+	for _, l := range listening {
+		for _, at := range addresses(l) {
+			at.port = l.Source.Port()
+			// Shared by several, one of them covered: covered.
+			covered[at] = covered[at] || sc.coversLocked(l.CgroupID)
+		}
+	}
+	sc.spec.ports = exceptions(covered)
+}
+
+func (sc *scope) coversLocked(id uint64) bool {
+	if id == sc.b.leafID {
+		return false
+	}
+	if !sc.s.Host || id == 0 {
+		return true
+	}
+	path, err := sc.b.tree.Path(id)
+	if err != nil {
+		return true
+	}
+	byPath := map[string]bool{}
+	for _, c := range sc.table {
+		byPath[clean(c.Path)] = c.Covered
+	}
+	if own, ok := byPath[path]; ok {
+		return own
+	}
+	return inherited(byPath, path)
+}
+
+// exceptions keeps the addresses that are not covered, and the covered ones whose
+// port has a wildcard listener that is not. Specific addresses come first.
+func exceptions(covered map[port]bool) (ports []port) {
+	for at, yes := range covered {
+		wild := port{addr: unspecified(at.addr), port: at.port}
+		if wildCovered, ok := covered[wild]; !yes || at != wild && ok && !wildCovered {
+			at.covered = yes
+			ports = append(ports, at)
+		}
+	}
+	slices.SortFunc(ports, func(a, b port) int {
+		return cmp.Or(btoi(a.addr.IsUnspecified())-btoi(b.addr.IsUnspecified()), a.addr.Compare(b.addr), cmp.Compare(a.port, b.port))
+	})
+	return ports
+}
+
+// addresses are the destinations that a listener takes: an IPv6 wildcard that is
+// not limited to IPv6 takes IPv4 ones too.
+func addresses(l sockdiag.Socket) []port {
+	at := []port{{addr: l.Source.Addr().WithZone("")}}
+	if l.Source.Addr() == netip.IPv6Unspecified() && !l.V6Only {
+		at = append(at, port{addr: netip.IPv4Unspecified()})
+	}
+	return at
+}
+
+func unspecified(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// hasIPv6 asks by opening a socket: a kernel started with ipv6.disable=1 has the
+// sysctl files all the same.
+func hasIPv6(s capture.Scope) bool {
+	fd, err := s.NS.Socket(unix.AF_INET6, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return false
+	}
+	unix.Close(fd)
+	return true
+}

@@ -1,0 +1,230 @@
+// Package observe is the capture back end that only looks: it samples the socket
+// tables of its scopes and takes the kernel's word when a TCP socket ends. It
+// redirects nothing, refuses nothing, and loads neither packet filter nor
+// conntrack, so it serves watch mode on any kernel.
+//
+// What it sees is weaker than what a hook sees. A connection that begins and ends
+// between two samples is told by the kernel's destroy event only, without its
+// process, and not at all where those events are missing. Who called is found
+// after the fact, through /proc.
+package observe
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"ringfence.dev/agent/capture"
+	"ringfence.dev/attest/sockdiag"
+	"ringfence.dev/attest/workload"
+	"ringfence.dev/policy/authz"
+	"ringfence.dev/proxy/flow"
+)
+
+// ErrWatchOnly reports a scope in another mode than watch.
+var ErrWatchOnly = errors.New("observe: this back end cannot redirect; only watch mode works")
+
+// interval between two samples. A sample of a thousand sockets costs a few
+// milliseconds, so one second keeps it below one percent of a core.
+const interval = time.Second
+
+// queue bounds the events of a scope that ended sockets produce between two
+// samples; at one second that is 4096 short connections a second. More are
+// counted, not kept.
+const queue = 4096
+
+// Backend implements [capture.Backend] for watch mode.
+type Backend struct {
+	who *finder
+
+	mu     sync.Mutex // held means that scopes does not change
+	scopes map[string]*scope
+	closed bool
+}
+
+var _ capture.Backend = (*Backend)(nil)
+
+// New opens the back end. It needs no privilege of its own, but without
+// CAP_SYS_PTRACE other users' processes stay unnamed.
+func New() *Backend {
+	return &Backend{who: newFinder(), scopes: map[string]*scope{}}
+}
+
+// Name is "observe".
+func (b *Backend) Name() string { return "observe" }
+
+// Add begins to watch a scope. Any other mode than watch is [ErrWatchOnly].
+func (b *Backend) Add(_ context.Context, s capture.Scope) error {
+	if s.Mode != authz.Watch {
+		return fmt.Errorf("scope %s in mode %v: %w", s.Name, s.Mode, ErrWatchOnly)
+	}
+	return b.Watch(s)
+}
+
+// Watch is Add for a back end that redirects by itself and wants to know of the
+// scope's listeners and connections all the same, whatever the mode.
+func (b *Backend) Watch(s capture.Scope) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return errors.New("observe: back end is closed")
+	}
+	if _, ok := b.scopes[s.Name]; ok {
+		return fmt.Errorf("observe: scope %s is there already", s.Name)
+	}
+	sc, err := newScope(s)
+	if err != nil {
+		return fmt.Errorf("observe scope %s: %w", s.Name, err)
+	}
+	b.scopes[s.Name] = sc
+	return nil
+}
+
+// SetMode accepts watch only.
+func (b *Backend) SetMode(_ context.Context, s capture.Scope) error {
+	if s.Mode != authz.Watch {
+		return fmt.Errorf("scope %s in mode %v: %w", s.Name, s.Mode, ErrWatchOnly)
+	}
+	_, err := b.scope(s.Name)
+	return err
+}
+
+// SetCgroups says what is covered; connections of the rest are marked as bypassing.
+func (b *Backend) SetCgroups(name string, cgroups []capture.Cgroup) error {
+	sc, err := b.scope(name)
+	if err != nil {
+		return err
+	}
+	sc.setCgroups(cgroups)
+	return nil
+}
+
+// Remove ends watching a scope.
+func (b *Backend) Remove(_ context.Context, name string) error {
+	b.mu.Lock()
+	sc := b.scopes[name]
+	delete(b.scopes, name)
+	b.mu.Unlock()
+	if sc != nil {
+		sc.close()
+	}
+	return nil
+}
+
+// Origin is always [capture.ErrNoOrigin]: nothing is redirected.
+func (b *Backend) Origin(string, flow.Direction, int, netip.AddrPort, netip.AddrPort) (flow.Flow, error) {
+	return flow.Flow{}, capture.ErrNoOrigin
+}
+
+// BeforeConnect does nothing: there is no capture to be exempt from.
+func (b *Backend) BeforeConnect(string, int, netip.AddrPort, netip.AddrPort, flow.Flow) error {
+	return nil
+}
+
+// Refused does nothing: no kernel hook could refuse.
+func (b *Backend) Refused(string, flow.Flow, workload.Identity) {}
+
+// PolicyChanged does nothing.
+func (b *Backend) PolicyChanged() {}
+
+// Run samples all scopes once a second until ctx ends, and calls event from one
+// goroutine only.
+func (b *Backend) Run(ctx context.Context, event func(capture.Event)) error {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		b.Sample(ctx, event)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// Sample looks once at every scope. What was there at a scope's first sample is
+// told too: a connection that was open before is still one that is made use of.
+func (b *Backend) Sample(ctx context.Context, event func(capture.Event)) {
+	b.mu.Lock()
+	scopes := make([]*scope, 0, len(b.scopes))
+	for _, sc := range b.scopes {
+		scopes = append(scopes, sc)
+	}
+	b.mu.Unlock()
+	b.who.refill()
+	for _, sc := range scopes {
+		sc.sample(ctx, b.who, event)
+	}
+}
+
+// Listeners returns the listening sockets seen in the latest sample of a scope.
+func (b *Backend) Listeners(name string) []sockdiag.Socket {
+	sc, err := b.scope(name)
+	if err != nil {
+		return nil
+	}
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	return sc.listening
+}
+
+// Verify tells what watching misses; it names no uncovered traffic, because
+// watching covers none.
+func (b *Backend) Verify(name string) []string {
+	sc, err := b.scope(name)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	wrong := []string{"watched by sampling socket tables: nothing is redirected or refused"}
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	if sc.destroyed == nil {
+		wrong = append(wrong, "the kernel sends no events for ended sockets: connections shorter than a second may be missed")
+	}
+	if n := sc.lost.Load(); n > 0 {
+		wrong = append(wrong, fmt.Sprintf("%d connections ended faster than they could be recorded", n))
+	}
+	if sc.err != nil {
+		wrong = append(wrong, "latest sample failed: "+sc.err.Error())
+	}
+	return wrong
+}
+
+// Tables tells how many sockets are remembered per scope. There is no bound of
+// ours: it is the namespace's own socket table.
+func (b *Backend) Tables() []capture.Table {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var tables []capture.Table
+	for name, sc := range b.scopes {
+		sc.mu.Lock()
+		tables = append(tables, capture.Table{Name: "observed_sockets/" + name, Entries: len(sc.seen)})
+		sc.mu.Unlock()
+	}
+	return tables
+}
+
+// Close ends watching. Nothing was installed, so detach makes no difference.
+func (b *Backend) Close(bool) error {
+	b.mu.Lock()
+	scopes := b.scopes
+	b.scopes, b.closed = map[string]*scope{}, true
+	b.mu.Unlock()
+	for _, sc := range scopes {
+		sc.close()
+	}
+	return nil
+}
+
+func (b *Backend) scope(name string) (*scope, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	sc, ok := b.scopes[name]
+	if !ok {
+		return nil, fmt.Errorf("scope %s: %w", name, capture.ErrNoScope)
+	}
+	return sc, nil
+}
