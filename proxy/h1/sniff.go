@@ -31,7 +31,7 @@ func couldBeHTTP(b []byte) bool {
 // octets b, which has no LF. A CR is good only as the last octet.
 func couldBeLine(b []byte, first bool) bool {
 	for i, c := range b {
-		if class[c]&isTarget == 0 && c != ' ' && (c != '\r' || i != len(b)-1) {
+		if class[c]&(isTarget|isToken) == 0 && c != ' ' && (c != '\r' || i != len(b)-1) {
 			return false
 		}
 	}
