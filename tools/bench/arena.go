@@ -12,7 +12,6 @@ import (
 	"syscall"
 	"time"
 
-	"ringfence.dev/cni/netns"
 	"ringfence.dev/tools/ringfence/lab"
 )
 
@@ -50,7 +49,7 @@ func enter(ctx context.Context, s settings, p peer) (a *arena, err error) {
 	if err := a.start("b", "origin", origin); err != nil {
 		return a, err
 	}
-	if err := a.listens(ctx, "b", 80); err != nil {
+	if err := a.lab.WaitListening(ctx, "b", 80); err != nil {
 		return a, err
 	}
 	for _, host := range []string{"a", "b"} {
@@ -66,15 +65,14 @@ func enter(ctx context.Context, s settings, p peer) (a *arena, err error) {
 
 // start starts a program on a host, as a unit.
 func (a *arena) start(host, unit string, cmd *exec.Cmd) error {
-	cmd.Stdout, cmd.Stderr = nil, nil
 	log, err := os.Create(filepath.Join(a.dir, unit+".log"))
 	if err != nil {
 		return err
 	}
 	defer log.Close()
 	cmd.Stderr = log
-	// Should this program be killed, nothing it started is left running.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// Ctrl-C is meant for this program, which then ends the others in order.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := a.lab.Start(host, unit, cmd); err != nil {
 		return fmt.Errorf("start %s: %w", unit, err)
 	}
@@ -106,63 +104,6 @@ func (a *arena) leave() error {
 	}
 	errs = append(errs, lab.Down(context.Background(), labName, ""))
 	return errors.Join(errs...)
-}
-
-// listens waits until a port is open on a host. It looks at the socket tables
-// rather than dialling, which would be one more request to somebody.
-func (a *arena) listens(ctx context.Context, host string, port uint16) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		n, err := a.sockets(host, port, listening)
-		if err != nil || n > 0 {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("nothing listens on port %d of host %s: %w", port, host, ctx.Err())
-		case <-tick.C:
-		}
-	}
-}
-
-// States of TCP sockets as the kernel prints them (include/net/tcp_states.h).
-const (
-	established = "01"
-	listening   = "0A"
-)
-
-// sockets counts a host's TCP sockets with a port at either end.
-func (a *arena) sockets(host string, port uint16, state string) (n int, err error) {
-	ns, err := netns.Open(a.lab.NetNS(host))
-	if err != nil {
-		return 0, err
-	}
-	defer ns.Close()
-	err = ns.Do(func() error {
-		for _, table := range []string{"tcp", "tcp6"} {
-			data, err := os.ReadFile("/proc/thread-self/net/" + table)
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
-				return err
-			}
-			n += countSockets(string(data), port, state)
-		}
-		return nil
-	})
-	return n, err
-}
-
-func countSockets(table string, port uint16, state string) (n int) {
-	suffix := fmt.Sprintf(":%04X", port)
-	for line := range strings.Lines(table) {
-		f := strings.Fields(line)
-		if len(f) > 3 && f[3] == state && (strings.HasSuffix(f[1], suffix) || strings.HasSuffix(f[2], suffix)) {
-			n++
-		}
-	}
-	return n
 }
 
 // verify proves that the peer does what it is measured for: one request whose

@@ -121,7 +121,7 @@ func (a *arena) window(ctx context.Context, p peer, l load, length time.Duration
 		return round{}, err
 	}
 	if p.program == "ringfence" {
-		if n, err := a.sockets("a", 15008, established); err != nil || n == 0 {
+		if n, err := a.lab.Sockets("a", 15008, lab.Established); err != nil || n == 0 {
 			return round{}, errors.Join(errors.New("no tunnel is open after the load"), err)
 		}
 	}

@@ -208,12 +208,12 @@ func (a *arena) startPair(ctx context.Context, p peer) error {
 	if err := a.start("b", "far", far); err != nil {
 		return err
 	}
-	if err := a.listens(ctx, "b", 8443); err != nil {
+	if err := a.lab.WaitListening(ctx, "b", 8443); err != nil {
 		return err
 	}
 	if err := a.start("a", "near", near); err != nil {
 		return err
 	}
 	a.proxies = []int{far.Process.Pid, near.Process.Pid}
-	return a.listens(ctx, "a", 8080)
+	return a.lab.WaitListening(ctx, "a", 8080)
 }

@@ -47,9 +47,8 @@ func (l *Lab) Down(ctx context.Context) error {
 
 func (l *Lab) down(ctx context.Context) error {
 	var errs []error
-	for _, h := range hosts {
-		errs = append(errs, l.endPrograms(ctx, h.name))
-		errs = append(errs, l.removeAgent(ctx, h.name))
+	for _, h := range []string{"a", "b", Here} {
+		errs = append(errs, l.endPrograms(ctx, h), l.removeAgent(ctx, h))
 	}
 	errs = append(errs, l.removeNetwork(), l.removeCgroups())
 	if err := errors.Join(errs...); err != nil {

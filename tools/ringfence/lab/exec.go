@@ -75,27 +75,41 @@ func (l *Lab) Start(host, unit string, cmd *exec.Cmd) error {
 	if cmd.Env == nil {
 		cmd.Env = l.Env(host, os.Environ())
 	}
-	if cmd.SysProcAttr == nil {
-		cmd.SysProcAttr = &syscall.SysProcAttr{}
-	}
-	if unit != "" {
-		dir, err := l.unitDir(host, unit)
-		if err != nil {
-			return err
-		}
-		cgroup, err := os.Open(dir)
-		if err != nil {
-			return err
-		}
-		defer cgroup.Close()
-		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
-	}
 	ns, err := netns.Open(l.NetNS(host))
 	if err != nil {
 		return fmt.Errorf("host %s: %w", host, err)
 	}
 	defer ns.Close()
-	return ns.Do(cmd.Start)
+	if unit == "" {
+		return ns.Do(cmd.Start)
+	}
+	return l.startInUnit(host, unit, cmd, ns.Do)
+}
+
+// Here is the name below which units of the machine itself live, see StartHere.
+const Here = "here"
+
+// StartHere starts cmd in a unit on this machine itself, with its own network.
+// The unit is the lab's, below UnitRoot([Here]), and ends with it.
+func (l *Lab) StartHere(unit string, cmd *exec.Cmd) error {
+	return l.startInUnit(Here, unit, cmd, func(start func() error) error { return start() })
+}
+
+func (l *Lab) startInUnit(host, unit string, cmd *exec.Cmd, inside func(func() error) error) error {
+	dir, err := l.unitDir(host, unit)
+	if err != nil {
+		return err
+	}
+	cgroup, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer cgroup.Close()
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
+	return inside(cmd.Start)
 }
 
 // Env is the environment of a program on a host: status commands reach that

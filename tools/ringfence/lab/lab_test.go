@@ -307,3 +307,55 @@ func TestStatusJSON(t *testing.T) {
 		t.Error("an unknown output format is accepted")
 	}
 }
+
+func TestStartHere(t *testing.T) {
+	l := testLab(t, Options{Capture: "off"})
+	cmd := exec.Command("cat", "/proc/self/cgroup")
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := l.StartHere("local", cmd); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "0::"+l.UnitRoot(Here)+"/local.service\n") {
+		t.Errorf("%v: %s", err, &out)
+	}
+	nap := exec.Command("sleep", "100")
+	if err := l.StartHere("nap", nap); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Down(t.Context()); err != nil {
+		t.Error(err)
+	}
+	nap.Wait()
+}
+
+func TestCountSockets(t *testing.T) {
+	const table = `  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:3AA0 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0
+   1: 020200C0:0050 010200C0:3AA0 01 00000000:00000000 00:00000000 00000000     0        0 2 1 0 20 4 30 10 -1
+   2: 020200C0:AAA0 010200C0:0050 01 00000000:00000000
+garbage
+`
+	for _, c := range []struct {
+		port  uint16
+		state SocketState
+		want  int
+	}{{15008, Listening, 1}, {15008, Established, 1}, {80, Established, 2}, {80, Listening, 0}, {43680, Listening, 0}} {
+		if got := countSockets(table, c.port, c.state); got != c.want {
+			t.Errorf("port %d in state %s: %d, want %d", c.port, c.state, got, c.want)
+		}
+	}
+}
+
+func TestWaitListening(t *testing.T) {
+	l := testLab(t, Options{Capture: "off"})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := l.WaitListening(ctx, "b", 7000); !errors.Is(err, context.Canceled) {
+		t.Errorf("wait for nobody: %v", err)
+	}
+	listenOn(t, l, "b", netip.MustParseAddrPort("[2001:db8::2]:7000"))
+	if err := l.WaitListening(t.Context(), "b", 7000); err != nil {
+		t.Error(err)
+	}
+}
