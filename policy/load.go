@@ -193,6 +193,7 @@ func (l *loader) add(id string, c *candidate) {
 		}
 		return
 	}
+	r.place = l.places[id]
 	l.rules = append(l.rules, r)
 }
 

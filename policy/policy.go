@@ -195,10 +195,14 @@ func (e *Engine) Open(c authz.Connection) (authz.Session, error) {
 	if !c.Destination.Addr.IsValid() || !c.Source.Addr.Addr().IsValid() {
 		return nil, errors.New("policy: connection without addresses")
 	}
-	external := c.Destination.ID.IsZero() && c.Side == authz.Egress && !c.Mesh &&
-		!e.cfg.Internal(c.Scope, plain(c.Destination.Addr.Addr()))
-	s := &session{engine: e, conn: c, key: keyFor(&c, external)}
+	s := &session{engine: e, conn: c, key: keyFor(&c, e.external(&c))}
 	s.pair = e.snap.Load().pair(s.key)
 	s.separators = e.separators[string(s.pair.resource.entity.UID.ID)]
 	return s, nil
+}
+
+// external reports whether a connection leaves the estate.
+func (e *Engine) external(c *authz.Connection) bool {
+	return c.Destination.ID.IsZero() && c.Side == authz.Egress && !c.Mesh &&
+		!e.cfg.Internal(c.Scope, plain(c.Destination.Addr.Addr()))
 }

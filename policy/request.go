@@ -168,8 +168,12 @@ func isToken(s string) bool {
 func (m *mapped) context(src, mesh cedar.Value) cedar.Record {
 	segments := make(cedar.RecordMap, maxSegments+1)
 	segments["count"] = cedar.Long(len(m.segments))
-	for i, seg := range m.segments[:min(len(m.segments), maxSegments)] {
-		segments[segmentNames[i]] = cedar.String(seg)
+	for i, name := range segmentNames {
+		seg := ""
+		if i < len(m.segments) {
+			seg = m.segments[i]
+		}
+		segments[name] = cedar.String(seg)
 	}
 	request := cedar.RecordMap{
 		"method":   cedar.String(m.method),

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -13,7 +14,8 @@ import (
 // rule is one loaded policy and what the engine must know of it.
 type rule struct {
 	id     string
-	order  int // place in the snapshot, so that answers do not depend on map order
+	place  string // file:line:col
+	order  int    // position in the snapshot, so that answers do not depend on map order
 	policy *cedar.Policy
 	ast    *ast.Policy
 	permit bool
@@ -42,6 +44,8 @@ var severities = []string{"info", "low", "medium", "high", "critical"}
 // newRule checks what the schema cannot: annotations and endpoint ids.
 func newRule(id string, p *cedar.Policy) (*rule, error) {
 	r := &rule{id: id, policy: p, ast: (*ast.Policy)(p.AST()), permit: p.Effect() == cedar.Permit}
+	// From JSON they come in any order; evaluation does not look at them, the version does.
+	slices.SortFunc(r.ast.Annotations, func(a, b ast.AnnotationType) int { return cmp.Compare(a.Key, b.Key) })
 	var errs []error
 	if err := words.validator.Policy("", r.ast); err != nil {
 		errs = append(errs, err)
