@@ -1,9 +1,11 @@
 package policy
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -73,14 +75,32 @@ func newSnapshot(rules []*rule) *snapshot {
 				s.http[keyOf(r).resource] = append(s.http[keyOf(r).resource], r)
 			}
 		}
-		// Cedar text without layout and comments: what means the same has the same version.
 		h.Write([]byte(r.id))
 		h.Write([]byte{0})
-		h.Write(r.policy.MarshalCedar())
+		h.Write(r.canonical())
 		h.Write([]byte{0})
 	}
 	s.version = hex.EncodeToString(h.Sum(nil)[:16])
 	return s
+}
+
+// canonical is the policy without layout and comments, so that what means the
+// same has the same version. In JSON and with its keys sorted, because the order of a record's
+// attributes is lost where policies come from JSON.
+func (r *rule) canonical() []byte {
+	text, err := r.policy.MarshalJSON()
+	if err != nil {
+		return r.policy.MarshalCedar() // a value that JSON cannot hold; text can
+	}
+	var value any
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.UseNumber()
+	if dec.Decode(&value) == nil {
+		if sorted, err := json.Marshal(value); err == nil {
+			return sorted
+		}
+	}
+	return text
 }
 
 func (s *snapshot) addEndpoint(r *rule) {

@@ -77,7 +77,7 @@ func place(text []byte, offset int) (line, col int) {
 
 // where finds the place in the text of a parser's error, which is the only
 // form the parser gives it in. Missing it costs the place, nothing else.
-var where = regexp.MustCompile(`:(\d+):(\d+)\b`)
+var where = regexp.MustCompile(`^(?:parser error: )?(?:parse error at )?[^ ]*?:(\d+):(\d+):? `)
 
 func (l *loader) cedar(text []byte) {
 	if !utf8.Valid(text) {
@@ -86,12 +86,13 @@ func (l *loader) cedar(text []byte) {
 	}
 	policies, err := cedar.NewPolicyListFromBytes(l.file, text)
 	if err != nil {
-		line, col := 0, 0
-		if m := where.FindStringSubmatch(err.Error()); m != nil {
+		line, col, text := 0, 0, err.Error()
+		if m := where.FindStringSubmatch(text); m != nil {
 			line, _ = strconv.Atoi(m[1])
 			col, _ = strconv.Atoi(m[2])
+			text = "syntax error at " + text[len(m[0]):]
 		}
-		l.problem(line, col, "%v", err)
+		l.problem(line, col, "%s", text)
 		return
 	}
 	for i, p := range policies {
