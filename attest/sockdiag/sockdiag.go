@@ -79,7 +79,7 @@ func (c *Conn) Close() error {
 
 // Listeners returns all listening TCP sockets of both families, MPTCP ones included.
 func (c *Conn) Listeners(ctx context.Context) ([]Socket, error) {
-	return c.dumpBoth(ctx, request{states: 1 << Listen})
+	return c.dump(ctx, request{states: 1 << Listen})
 }
 
 // ListenersOn is Listeners for one port, filtered by the kernel.
@@ -87,34 +87,18 @@ func (c *Conn) ListenersOn(ctx context.Context, port uint16) ([]Socket, error) {
 	if port == 0 {
 		return nil, fmt.Errorf("listeners on port 0: %w", ErrNotFound)
 	}
-	return c.dumpBoth(ctx, request{states: 1 << Listen, port: port})
+	return c.dump(ctx, request{states: 1 << Listen, port: port})
 }
 
 // Connections returns the sockets that are connected or connecting, both families.
 func (c *Conn) Connections(ctx context.Context) ([]Socket, error) {
-	return c.dumpBoth(ctx, request{states: 1<<Established | 1<<SynSent | 1<<SynRecv | 1<<CloseWait})
+	return c.dump(ctx, request{states: 1<<Established | 1<<SynSent | 1<<SynRecv | 1<<CloseWait})
 }
 
-func (c *Conn) dumpBoth(ctx context.Context, r request) ([]Socket, error) {
-	r.typ, r.flags = typeByFamily, unix.NLM_F_DUMP
-	var all []Socket
-	for _, r.family = range []uint8{unix.AF_INET, unix.AF_INET6} {
-		found, err := c.dump(ctx, r)
-		if r.family == unix.AF_INET6 && errors.Is(err, unix.ENOENT) {
-			return all, nil // IPv6 is not built in, or disabled at boot
-		}
-		if errors.Is(err, unix.ENOENT) {
-			err = ErrNotSupported
-		}
-		if err != nil {
-			return nil, fmt.Errorf("dump TCP sockets: %w", err)
-		}
-		all = append(all, found...)
-	}
-	return all, nil
-}
-
+// dump collects the sockets of both families. Both at once, because a hash
+// table walk is what it costs.
 func (c *Conn) dump(ctx context.Context, r request) (found []Socket, err error) {
+	r.typ, r.flags = typeDump, unix.NLM_F_DUMP
 	for range attempts {
 		if err = ctx.Err(); err != nil {
 			return nil, err
@@ -131,7 +115,13 @@ func (c *Conn) dump(ctx context.Context, r request) (found []Socket, err error) 
 			break
 		}
 	}
-	return found, err
+	if errors.Is(err, unix.ENOENT) {
+		err = ErrNotSupported
+	}
+	if err != nil {
+		return nil, fmt.Errorf("dump TCP sockets: %w", err)
+	}
+	return found, nil
 }
 
 // Find returns the connected or connecting socket whose own address is local

@@ -11,11 +11,13 @@ import (
 
 // Message types, attributes and sizes of include/uapi/linux/{netlink,sock_diag,inet_diag}.h.
 const (
+	typeDump     = 18 // TCPDIAG_GETSOCK
 	typeByFamily = 20 // SOCK_DIAG_BY_FAMILY
 	typeDestroy  = 21 // SOCK_DESTROY
 
 	headerSize  = 16 // struct nlmsghdr
-	requestSize = 56 // struct inet_diag_req_v2
+	exactSize   = 56 // struct inet_diag_req_v2
+	dumpSize    = 60 // struct inet_diag_req
 	messageSize = 72 // struct inet_diag_msg
 
 	attrBytecode = 1  // INET_DIAG_REQ_BYTECODE
@@ -62,7 +64,7 @@ type request struct {
 	typ, flags uint16
 	family     uint8
 	states     uint32
-	// A single socket's identity; zero for dumps.
+	// A single socket's identity; not part of dumps.
 	source, destination netip.AddrPort
 	device              uint32
 	cookie              uint64
@@ -71,18 +73,22 @@ type request struct {
 }
 
 // encode writes the request as one netlink message.
+//
+// Dumps use the older of the two request forms, the one without a family: it
+// passes over the kernel's hash table, shared by all namespaces and with up to
+// 64 Ki buckets, once instead of once per family.
 func (r request) encode(seq uint32) []byte {
 	le := binary.NativeEndian
-	b := make([]byte, headerSize+requestSize, 128)
-	b[16], b[17] = r.family, unix.IPPROTO_TCP
-	le.PutUint32(b[20:], r.states)
-	binary.BigEndian.PutUint16(b[24:], r.source.Port())
-	binary.BigEndian.PutUint16(b[26:], r.destination.Port())
-	putAddr(b[28:44], r.source.Addr())
-	putAddr(b[44:60], r.destination.Addr())
-	le.PutUint32(b[60:], r.device)
-	le.PutUint32(b[64:], uint32(r.cookie))
-	le.PutUint32(b[68:], uint32(r.cookie>>32))
+	b := make([]byte, headerSize, 128)
+	if r.typ == typeDump {
+		b = append(b, make([]byte, dumpSize)...)
+		le.PutUint32(b[headerSize+52:], r.states)
+	} else {
+		b = append(b, make([]byte, exactSize)...)
+		b[headerSize], b[headerSize+1] = r.family, unix.IPPROTO_TCP
+		le.PutUint32(b[headerSize+4:], r.states)
+		r.putID(b[headerSize+8:])
+	}
 	if r.port != 0 {
 		b = append(b, portFilter(r.port)...)
 	}
@@ -91,6 +97,18 @@ func (r request) encode(seq uint32) []byte {
 	le.PutUint16(b[6:], r.flags|unix.NLM_F_REQUEST)
 	le.PutUint32(b[8:], seq)
 	return b
+}
+
+// putID writes struct inet_diag_sockid.
+func (r request) putID(b []byte) {
+	le := binary.NativeEndian
+	binary.BigEndian.PutUint16(b[0:], r.source.Port())
+	binary.BigEndian.PutUint16(b[2:], r.destination.Port())
+	putAddr(b[4:20], r.source.Addr())
+	putAddr(b[20:36], r.destination.Addr())
+	le.PutUint32(b[36:], r.device)
+	le.PutUint32(b[40:], uint32(r.cookie))
+	le.PutUint32(b[44:], uint32(r.cookie>>32))
 }
 
 // portFilter is a program for the kernel that passes sockets whose source port
@@ -162,7 +180,7 @@ func message(typ, flags uint16, payload []byte, fn func([]byte) error) (done boo
 		if len(payload) >= 4 { // the dump's own result
 			err = errno(payload)
 		}
-	case typeByFamily:
+	case typeByFamily, typeDump:
 		done, err = flags&unix.NLM_F_MULTI == 0, fn(payload)
 	default:
 		err = fmt.Errorf("%w: message type %d", errMalformed, typ)
