@@ -18,8 +18,8 @@ const (
 	database = "spiffe://lab.test/ns/b/sa/database"
 )
 
-// policy is the whole policy of the two hosts.
-const policy = `@id("shop-reads-web")
+// policies is the whole policy of the two hosts.
+const policies = `@id("shop-reads-web")
 @reason("the shop may read from the web service, except what is for administrators")
 permit (
     principal == Workload::"` + shop + `",
@@ -92,7 +92,7 @@ func (s *stage) inClear(ctx context.Context) (line, said string, err error) {
 }
 
 func (s *stage) protected(ctx context.Context) (line, said string, err error) {
-	dir, err := s.policies("hosts", policy)
+	dir, err := s.writePolicy("hosts", policies)
 	if err != nil {
 		return "", "", err
 	}
@@ -255,7 +255,7 @@ func (s *stage) protectHere(ctx context.Context, addr string, port uint16) error
 	if err := s.lab.WaitListening(ctx, lab.Here, port); err != nil {
 		return err
 	}
-	dir, err := s.policies("here", localPolicy)
+	dir, err := s.writePolicy("here", localPolicy)
 	if err != nil {
 		return err
 	}

@@ -180,8 +180,8 @@ func (s *stage) served(web, target string) (bool, error) {
 	return false, nil
 }
 
-// policies writes a directory with one policy file, whole.
-func (s *stage) policies(name, text string) (dir string, err error) {
+// writePolicy makes a directory with one policy file, whole.
+func (s *stage) writePolicy(name, text string) (dir string, err error) {
 	dir = filepath.Join(s.files, "policies-"+name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", err
