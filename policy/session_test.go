@@ -268,16 +268,6 @@ func TestOneSnapshotDecides(t *testing.T) {
 	}
 }
 
-// A peer that dials every port must not fill the memory.
-func TestPairsAreBounded(t *testing.T) {
-	e := engine(t, permitAll)
-	for port := range 5000 {
-		c := meshed("", "")
-		c.Destination.Addr = addrPort("192.0.2.2", port+1)
-		want(t, connect(t, open(t, e, c)), authz.Permit)
-	}
-}
-
 func unsafeString(b []byte) string { return unsafe.String(&b[0], len(b)) }
 
 func addrPort(ip string, port int) netip.AddrPort {
