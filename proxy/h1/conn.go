@@ -63,7 +63,8 @@ func (c *Conn) Idle() bool {
 func (h *half) idle() bool { return h.body.kind == noBody && !h.waiting }
 
 // Downstream takes what the client sent. in begins with what the last Downstream step
-// left; eof says that nothing follows it. It returns how many octets it took. The
+// left; eof says that nothing follows it, and is said again with octets that were
+// held. It returns how many octets it took. The
 // only error is a *[CutError], which every later step returns again.
 func (c *Conn) Downstream(in []byte, eof bool, out *Out) (n int, err error) {
 	out.reset()

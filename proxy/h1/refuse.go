@@ -93,9 +93,7 @@ func (c *Conn) refuseResponse(s *step, reason string) {
 // which the server speaks first, or a response smuggled ahead of its request,
 // which the client would take for the answer to its next one.
 func (c *Conn) unsolicited(s *step) {
-	if c.cfg.Mode != Observe || c.down.seq > 0 {
-		c.refused(Refusal{Status: 502, Reason: "response without a request", Upstream: true})
-	}
+	c.refused(Refusal{Status: 502, Reason: "response without a request", Upstream: true})
 	if c.cfg.Mode != Enforce && c.goOpaque(s.out) {
 		return
 	}
