@@ -82,7 +82,8 @@ type Network interface {
 	// BeforeConnect prepares fd for a dial: it exempts it from capture, binds it
 	// to the caller's device or source, and files the client's address for the workload.
 	BeforeConnect(fd int, d Dial) error
-	// Local reports whether ip is an address of the scope's namespace itself.
+	// Local reports whether ip is an address of the scope's namespace itself:
+	// one of its interfaces', any loopback address, or the unspecified one.
 	Local(ip netip.Addr) bool
 	// Mesh reports whether a peer at ip may have an agent: it lies in a mesh
 	// network and is no metadata service. Only such peers are ever probed.

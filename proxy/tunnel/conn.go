@@ -50,6 +50,7 @@ type Conn struct {
 	self    spiffeid.ID // server only: whose certificate was shown
 	port    uint16      // server only: the port the client named, zero for none
 	cert    *tls.Certificate
+	hash    [32]byte // server only: SHA-256 of the peer's leaf
 	// Local and Remote are the TCP connection's addresses.
 	Local, Remote netip.AddrPort
 
@@ -133,6 +134,9 @@ func (t *Conn) Peer() spiffeid.ID { return t.peer }
 // Shown tells, on a server, whose certificate was shown and for which port; the
 // port is zero when the client named none.
 func (t *Conn) Shown() (spiffeid.ID, uint16) { return t.self, t.port }
+
+// PeerHash is the SHA-256 of the client's leaf certificate, on a server.
+func (t *Conn) PeerHash() []byte { return t.hash[:] }
 
 // Certificate is the SVID that this side showed.
 func (t *Conn) Certificate() *tls.Certificate { return t.cert }

@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -130,7 +131,9 @@ func Server(ctx context.Context, sock *socket.Conn, c ServerConfig) (*Conn, erro
 	cfg := base()
 	cfg.ClientAuth = tls.RequireAnyClientCert // and identify does the checking
 	cfg.VerifyConnection = func(cs tls.ConnectionState) (err error) {
-		t.peer, err = identify(cs, c.Verify, x509.ExtKeyUsageClientAuth)
+		if t.peer, err = identify(cs, c.Verify, x509.ExtKeyUsageClientAuth); err == nil {
+			t.hash = sha256.Sum256(cs.PeerCertificates[0].Raw)
+		}
 		return err
 	}
 	cfg.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {

@@ -52,6 +52,10 @@ func (s *Stream) TryWrite(spans [][]byte) (int, error) {
 		}
 		t.appendDataLocked(s, &c, n)
 	}
+	if t.feeding {
+		t.mu.Unlock() // the reader, perhaps the caller, flushes before it waits
+		return total - c.left, nil
+	}
 	s.finishLocked()
 	return total - c.left, nil
 }

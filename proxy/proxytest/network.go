@@ -1,0 +1,139 @@
+package proxytest
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"ringfence.dev/attest/workload"
+	"ringfence.dev/proxy"
+	"ringfence.dev/proxy/flow"
+)
+
+// Network is a capture back end of one host on a loopback address, without
+// capturing anything: a test dials the outbound listener and says beforehand,
+// with Expect, where connections from there were going.
+type Network struct {
+	tb testing.TB
+	// IP is the host's address, such as 127.0.1.1.
+	IP netip.Addr
+
+	mu      sync.Mutex
+	to      netip.AddrPort // where outbound connections were going
+	caller  workload.Evidence
+	dials   []proxy.Dial
+	refused []flow.Flow
+	mesh    bool
+	budget  int // sockets still to be had; negative: no limit
+}
+
+// NewNetwork makes a host at ip whose peers may have agents.
+func NewNetwork(tb testing.TB, ip string) *Network {
+	return &Network{tb: tb, IP: netip.MustParseAddr(ip), mesh: true, budget: -1}
+}
+
+// Expect sets where outbound connections go, and who opens them.
+func (n *Network) Expect(to netip.AddrPort, uid uint32) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.to, n.caller = to, workload.Evidence{UID: uid, Source: workload.SourceHook}
+}
+
+// SetMesh says whether peers may have agents.
+func (n *Network) SetMesh(mesh bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.mesh = mesh
+}
+
+// Dials are the sockets prepared so far.
+func (n *Network) Dials() []proxy.Dial {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return append([]proxy.Dial(nil), n.dials...)
+}
+
+// RefusedFlows are the flows told to the kernel as refused.
+func (n *Network) RefusedFlows() []flow.Flow {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return append([]flow.Flow(nil), n.refused...)
+}
+
+// Origin implements proxy.Network.
+func (n *Network) Origin(d flow.Direction, fd int, local, remote netip.AddrPort) (flow.Flow, error) {
+	if fd < 0 || !local.IsValid() || !remote.IsValid() {
+		n.tb.Errorf("Origin(%v, %d, %v, %v)", d, fd, local, remote)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.to.IsValid() {
+		return flow.Flow{}, errors.New("not redirected")
+	}
+	return flow.Flow{Direction: d, Source: remote, Destination: n.to, Caller: n.caller}, nil
+}
+
+// Socket implements proxy.Network.
+func (n *Network) Socket(family int) (int, error) {
+	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+}
+
+// BeforeConnect implements proxy.Network. It binds the socket to the host's address.
+func (n *Network) BeforeConnect(fd int, d proxy.Dial) error {
+	n.mu.Lock()
+	n.dials = append(n.dials, d)
+	if len(n.dials) > 100 {
+		n.dials = n.dials[50:]
+	}
+	n.mu.Unlock()
+	if !n.IP.Is4() || !d.To.Addr().Is4() {
+		return nil
+	}
+	// Without it the port is chosen before the destination is known, and ten
+	// thousand short connections run out of them.
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	return unix.Bind(fd, &unix.SockaddrInet4{Addr: n.IP.As4()})
+}
+
+// Local implements proxy.Network.
+func (n *Network) Local(ip netip.Addr) bool { return ip == n.IP }
+
+// Mesh implements proxy.Network.
+func (n *Network) Mesh(netip.Addr) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.mesh
+}
+
+// Refused implements proxy.Network.
+func (n *Network) Refused(f flow.Flow, _ workload.Identity) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.refused = append(n.refused, f)
+}
+
+// Listen opens a listening socket on the host's address and returns its
+// descriptor, which is closed when the test ends, and its address. Port zero picks one.
+func (n *Network) Listen(port uint16) (fd int, addr netip.AddrPort) {
+	n.tb.Helper()
+	var config net.ListenConfig
+	config.SetMultipathTCP(false) // which refuses some TCP options
+	any, err := config.Listen(context.Background(), "tcp", netip.AddrPortFrom(n.IP, port).String())
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	l := any.(*net.TCPListener)
+	addr = l.Addr().(*net.TCPAddr).AddrPort()
+	f, err := l.File()
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	_ = l.Close() // the copy goes on listening
+	n.tb.Cleanup(func() { _ = f.Close() })
+	return int(f.Fd()), netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
+}
