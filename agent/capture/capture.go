@@ -57,7 +57,9 @@ type Scope struct {
 	NS   *netns.Handle
 	Mode authz.Mode
 	// Host marks the host's own namespace, where Cgroups decides who is covered.
-	Host        bool
+	Host bool
+	// Cgroups is the host scope's table at the moment it is added; see Backend.SetCgroups.
+	Cgroups     []Cgroup
 	Loopback    Loopback
 	OnAgentDown OnAgentDown
 	// Sources gives, per address family in use, the address that the workload

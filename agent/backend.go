@@ -1,0 +1,195 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"ringfence.dev/agent/capture"
+	"ringfence.dev/agent/capture/ebpf"
+	"ringfence.dev/agent/capture/iptables"
+	"ringfence.dev/agent/capture/observe"
+	"ringfence.dev/bpf"
+	fw "ringfence.dev/cni/iptables"
+	"ringfence.dev/cni/netns"
+	"ringfence.dev/policy/authz"
+)
+
+// joinLeaf makes sure that the agent is alone in its cgroup: that leaf is the
+// loop guard of every back end. A service manager's cgroup that holds nobody
+// else is one already.
+func (a *Agent) joinLeaf() error {
+	root, err := bpf.CgroupRoot()
+	if err != nil {
+		a.log.Warn("no cgroup v2 on this host: only watching works", "err", err)
+		return nil
+	}
+	own, err := ownCgroup()
+	if err != nil {
+		return err
+	}
+	if own == "/" || !aloneIn(filepath.Join(root, own)) {
+		own = "/" + leafName(a.settings.Instance)
+	}
+	if a.leaf, err = ebpf.JoinLeaf(root, own); err != nil {
+		return fmt.Errorf("move into a cgroup of our own: %w", err)
+	}
+	a.leafPath = own
+	return nil
+}
+
+func leafName(instance string) string { return "ringfence-" + instance }
+
+// ownCgroup is this process's path in the v2 hierarchy (cgroups(7)).
+func ownCgroup() (string, error) {
+	data, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", err
+	}
+	for _, line := range strings.Split(string(data), "\n") {
+		if p, ok := strings.CutPrefix(line, "0::"); ok {
+			return path.Clean(p), nil
+		}
+	}
+	return "", errors.New("/proc/self/cgroup has no entry of cgroup v2")
+}
+
+func aloneIn(dir string) bool {
+	data, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return false
+	}
+	pids := strings.Fields(string(data))
+	return len(pids) == 1 && pids[0] == strconv.Itoa(os.Getpid())
+}
+
+// openBackend chooses by trying: what loads and attaches is what the kernel can do.
+func (a *Agent) openBackend(ctx context.Context, closers *stack) error {
+	kind := a.settings.Capture
+	if kind == "auto" || kind == "ebpf" {
+		b, err := ebpf.New(ebpf.Config{
+			Instance: a.settings.Instance, AgentCgroup: strconv.FormatUint(a.leaf, 10), Log: a.log,
+		})
+		if err == nil {
+			a.useBackend(b, "the kernel has all that the eBPF back end needs", closers)
+			return nil
+		}
+		if kind == "ebpf" {
+			return fmt.Errorf("capture ebpf: %w (`ringfence doctor` tells what the kernel lacks)", err)
+		}
+		a.backendReason = "no eBPF: " + err.Error()
+	}
+	if kind == "auto" && a.onlyWatches() {
+		a.useBackend(observe.New(), a.backendReason+"; scopes are only watched, so socket tables are sampled and no packet filter is loaded", closers)
+		return nil
+	}
+	if kind == "auto" || kind == "iptables" {
+		b, err := a.openIptables(ctx, closers)
+		if err == nil {
+			a.listenControl = iptables.ListenControl
+			a.useBackend(b, or(a.backendReason, "chosen in the settings"), closers)
+			return nil
+		}
+		return fmt.Errorf("capture iptables: %w (`ringfence doctor` tells what is missing)", err)
+	}
+	a.useBackend(observe.New(), "chosen in the settings", closers)
+	return nil
+}
+
+// openIptables starts the back end with its guard, a process of this same
+// program that acts when the agent is gone.
+func (a *Agent) openIptables(ctx context.Context, closers *stack) (capture.Backend, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	guard, err := iptables.StartGuard(self, "agent", "--guard")
+	if err != nil {
+		return nil, err
+	}
+	b, err := iptables.New(ctx, iptables.Config{Leaf: a.leafPath, Guard: guard, Log: a.log})
+	if err != nil {
+		return nil, errors.Join(err, guard.Close())
+	}
+	closers.push("iptables guard", guard.Close)
+	return b, nil
+}
+
+// Guard is the whole work of the process that openIptables starts.
+func Guard(ctx context.Context, log *slog.Logger) error {
+	conn, err := iptables.OpenGuardFD()
+	if err != nil {
+		return err
+	}
+	return iptables.RunGuard(ctx, conn, log)
+}
+
+func (a *Agent) useBackend(b capture.Backend, why string, closers *stack) {
+	a.backend, a.backendReason = b, why
+	closers.push("capture", func() error { return b.Close(!a.enforced) })
+}
+
+func (a *Agent) onlyWatches() bool {
+	for _, s := range a.settings.Scopes {
+		if s.Mode != authz.Watch {
+			return false
+		}
+	}
+	return true
+}
+
+// Cleanup removes what a stopped agent left in the kernel: pinned programs,
+// packet filter rules, its cgroup. Its scopes are open afterwards. Cleaning up
+// twice, or after nothing, is no error.
+func Cleanup(ctx context.Context, s Settings) error {
+	var errs []error
+	if err := bpf.Cleanup(bpf.DefaultPinRoot, s.Instance); err != nil {
+		errs = append(errs, err)
+	}
+	scopes, err := loadScopes(s.StateDir)
+	errs = append(errs, err)
+	for _, sc := range append(scopes, s.Scopes...) {
+		errs = append(errs, cleanupRules(ctx, sc))
+	}
+	errs = append(errs, saveScopes(s.StateDir, nil))
+	if root, err := bpf.CgroupRoot(); err == nil {
+		err := os.Remove(filepath.Join(root, leafName(s.Instance)))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove the agent's cgroup (is the agent stopped?): %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func cleanupRules(ctx context.Context, s ScopeSettings) error {
+	ns, err := netns.Self()
+	if !s.Host {
+		ns, err = netns.Open(s.Path)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the namespace is gone, and its rules with it
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	tools, err := fw.Find(ctx)
+	if errors.Is(err, fw.ErrNotFound) {
+		return nil // nobody can have written rules
+	}
+	if err != nil {
+		return err
+	}
+	rules, err := tools.Open(ctx, ns)
+	if err != nil {
+		return err
+	}
+	return rules.Remove(ctx)
+}

@@ -1,0 +1,202 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"ringfence.dev/agent/capture"
+	"ringfence.dev/attest/cgroup"
+	"ringfence.dev/attest/proc"
+	"ringfence.dev/policy/authz"
+	"ringfence.dev/proxy"
+)
+
+// cover says which cgroups of a host scope are covered, and keeps the kernel's
+// table of them fresh. A cgroup that is too new to be in the table is captured,
+// and let through by [coveringDecider]: nobody escapes by being quick.
+type cover struct {
+	scope    string
+	settings ScopeSettings
+	tree     *cgroup.Tree
+	leaf     string // the agent's own, never covered
+	backend  capture.Backend
+	log      *slog.Logger
+	watcher  *fsnotify.Watcher
+}
+
+// settle waits for the rest of a burst of changes: a service manager makes
+// several cgroups for one service.
+const settle = 50 * time.Millisecond
+
+func (a *Agent) newCover(s ScopeSettings) (*cover, error) {
+	tree, err := cgroup.Open(cgroup.Config{UnitRoots: a.settings.UnitRoots})
+	if err != nil {
+		return nil, fmt.Errorf("host scope: %w", err)
+	}
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, fmt.Errorf("follow cgroups: %w", err)
+	}
+	return &cover{scope: s.Name, settings: s, tree: tree, leaf: a.leafPath, backend: a.backend, log: a.log, watcher: w}, nil
+}
+
+// covers decides for one cgroup path below the v2 root.
+func (c *cover) covers(p string) bool {
+	if p == c.leaf || strings.HasPrefix(p, c.leaf+"/") {
+		return false
+	}
+	unit := c.tree.Unit(p).Name
+	if matchAny(c.settings.ExceptUnits, unit) {
+		return false
+	}
+	if len(c.settings.Cgroups) == 0 && len(c.settings.Units) == 0 {
+		return true
+	}
+	if matchAny(c.settings.Units, unit) {
+		return true
+	}
+	// A pattern covers what is below a matching cgroup too, as children do in cgroups.
+	for ; p != "/" && p != "."; p = path.Dir(p) {
+		if matchAny(c.settings.Cgroups, p) {
+			return true
+		}
+	}
+	return matchAny(c.settings.Cgroups, "/") && p == "/"
+}
+
+func matchAny(patterns []string, name string) bool {
+	if name == "" {
+		return false
+	}
+	for _, p := range patterns {
+		if ok, _ := path.Match(p, name); ok { // patterns were checked with the settings
+			return true
+		}
+	}
+	return false
+}
+
+// all says that nothing of the host is left out, so that no table is needed.
+func (c *cover) all() bool {
+	return len(c.settings.Cgroups)+len(c.settings.Units)+len(c.settings.ExceptUnits) == 0
+}
+
+// refresh walks the tree, watches what is new in it, and writes the table.
+func (c *cover) refresh() error {
+	var table []capture.Cgroup
+	root := c.tree.Root()
+	err := filepath.WalkDir(root, func(dir string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // removed while we look
+		}
+		if err != nil || !d.IsDir() {
+			return err
+		}
+		p := "/" + strings.TrimPrefix(strings.TrimPrefix(dir, root), "/")
+		id, err := c.tree.ID(p)
+		if errors.Is(err, cgroup.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := c.watcher.Add(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("follow cgroup %s: %w", p, err)
+		}
+		table = append(table, capture.Cgroup{ID: id, Path: p, Covered: c.covers(p)})
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("walk the cgroup tree: %w", err)
+	}
+	return c.backend.SetCgroups(c.scope, table)
+}
+
+// run keeps the table fresh until ctx ends.
+func (c *cover) run(ctx context.Context) {
+	defer c.watcher.Close()
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case e, ok := <-c.watcher.Events:
+			if !ok {
+				return
+			}
+			// Files of a cgroup change all the time; its children come and go as directories.
+			if e.Has(fsnotify.Create) || e.Has(fsnotify.Remove) {
+				timer.Reset(settle)
+			}
+		case err, ok := <-c.watcher.Errors:
+			if !ok {
+				return
+			}
+			c.log.Warn("following cgroups", "scope", c.scope, "err", err)
+			timer.Reset(settle) // an overflow lost something: look at all of it
+		case <-timer.C:
+			if err := c.refresh(); err != nil {
+				c.log.Error("cgroups of a host scope are not up to date", "scope", c.scope, "err", err)
+			}
+		}
+	}
+}
+
+// coveringDecider lets connections of a host scope pass undecided when the
+// program on this host turns out not to be covered.
+type coveringDecider struct {
+	proxy.Decider
+	a *Agent
+}
+
+func (d coveringDecider) Open(c authz.Connection) (authz.Session, error) {
+	if d.a.uncoveredCaller(c.Scope, c.Side, c.Source.PID) {
+		return uncoveredSession{c.ID}, nil
+	}
+	return d.Decider.Open(c)
+}
+
+// uncoveredCaller reports whether the calling process of an outbound connection
+// is one that its host scope leaves alone. What cannot be told counts as covered.
+func (a *Agent) uncoveredCaller(scope string, side authz.Side, pid uint32) bool {
+	if side == authz.Ingress || pid == 0 {
+		return false
+	}
+	a.mu.Lock()
+	sc := a.scopes[scope]
+	a.mu.Unlock()
+	if sc == nil || sc.cover == nil || sc.cover.all() {
+		return false
+	}
+	h, err := proc.New("").Open(pid)
+	if err != nil {
+		return false
+	}
+	defer h.Close()
+	cg, err := h.Cgroups()
+	if err != nil {
+		return false
+	}
+	return !sc.cover.covers(cg.V2)
+}
+
+// uncoveredSession permits everything and records nothing.
+type uncoveredSession struct{ id authz.ID }
+
+func (s uncoveredSession) decision() authz.Decision {
+	return authz.Decision{ID: s.id, Effect: authz.Permit, Reason: "not covered by the scope"}
+}
+func (s uncoveredSession) Connect() (authz.Decision, error)               { return s.decision(), nil }
+func (s uncoveredSession) Request(*authz.Request) (authz.Decision, error) { return s.decision(), nil }
+func (s uncoveredSession) HTTPOnly() bool                                 { return false }
+func (s uncoveredSession) Refuse(string) authz.Decision                   { return s.decision() }
