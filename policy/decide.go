@@ -200,7 +200,8 @@ func (p *pair) decideRequest(m *mapped) verdict {
 		v.action, v.path, v.host = string(m.action.ID), m.path, m.host
 		return v
 	}
-	v := p.decide(m.action, m.context(p.src, p.mesh), p.questions(m))
+	questions := p.questions(m)
+	v := p.decide(m.action, p.requestContext(m, questions), questions)
 	v.path, v.host = m.path, m.host
 	return v
 }
@@ -227,6 +228,14 @@ func (p *pair) questions(m *mapped) []question {
 		questions = append(questions, question{about, rules})
 	}
 	return questions
+}
+
+// requestContext builds the context that the questions' rules need.
+func (p *pair) requestContext(m *mapped, questions []question) cedar.Record {
+	segments := slices.ContainsFunc(questions, func(q question) bool {
+		return slices.ContainsFunc(q.rules, func(r *rule) bool { return r.segments })
+	})
+	return m.context(p.src, p.mesh, segments)
 }
 
 func (p *pair) evaluate(r *authz.Request, separators bool) verdict {
@@ -258,7 +267,7 @@ func (p *pair) observe(m *mapped, err error) verdict {
 		}
 	}
 	if v.allowed && len(trial) > 0 {
-		_, shadow := p.tally(m.action, m.context(p.src, p.mesh), trial)
+		_, shadow := p.tally(m.action, p.requestContext(m, trial), trial)
 		v.shade(&shadow)
 	}
 	return v

@@ -119,7 +119,7 @@ func explain(r *rule, p *pair, rec *decisionlog.Record) Explained {
 			action: words.method(rec.Method), method: rec.Method, host: rec.Host,
 			path: rec.Path, segments: splitPath(rec.Path), upgrade: rec.Upgrade,
 		}
-		action, context = m.action, m.context(p.src, p.mesh)
+		action, context = m.action, m.context(p.src, p.mesh, true)
 		if about := p.endpointFor(r, &m); about != nil {
 			resource = about
 		}

@@ -104,7 +104,7 @@ func TestIndexIsExact(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			compare(t, p, all, m.action, m.context(p.src, p.mesh), func() verdict { return p.decideRequest(&m) })
+			compare(t, p, all, m.action, m.context(p.src, p.mesh, true), func() verdict { return p.decideRequest(&m) })
 		}
 	})
 }

@@ -164,22 +164,18 @@ func isToken(s string) bool {
 	return s != ""
 }
 
-// context builds the schema's HTTPContext from the connection's part and the request.
-func (m *mapped) context(src, mesh cedar.Value) cedar.Record {
-	segments := make(cedar.RecordMap, maxSegments+1)
-	segments["count"] = cedar.Long(len(m.segments))
-	for i, name := range segmentNames {
-		seg := ""
-		if i < len(m.segments) {
-			seg = m.segments[i]
-		}
-		segments[name] = cedar.String(seg)
-	}
+// context builds the schema's HTTPContext from the connection's part and the
+// request. Segments, which cost as much as all the rest, may be left out where no policy that
+// is asked looks at them.
+func (m *mapped) context(src, mesh cedar.Value, withSegments bool) cedar.Record {
 	request := cedar.RecordMap{
 		"method":   cedar.String(m.method),
 		"path":     cedar.String(m.path),
-		"segments": cedar.NewRecord(segments),
+		"segments": cedar.Record{},
 		"host":     cedar.String(m.host),
+	}
+	if withSegments {
+		request["segments"] = m.segmentRecord()
 	}
 	if m.upgrade != "" {
 		request["upgrade"] = cedar.String(m.upgrade)
@@ -189,4 +185,17 @@ func (m *mapped) context(src, mesh cedar.Value) cedar.Record {
 		"mesh":    mesh,
 		"request": cedar.NewRecord(request),
 	})
+}
+
+func (m *mapped) segmentRecord() cedar.Record {
+	segments := make(cedar.RecordMap, maxSegments+1)
+	segments["count"] = cedar.Long(len(m.segments))
+	for i, name := range segmentNames {
+		seg := ""
+		if i < len(m.segments) {
+			seg = m.segments[i]
+		}
+		segments[name] = cedar.String(seg)
+	}
+	return cedar.NewRecord(segments)
 }

@@ -29,6 +29,8 @@ type rule struct {
 	// http is set when the action scope names HTTP actions, or the resource
 	// scope endpoints. An unconstrained action names none.
 	http bool
+	// segments is set when a condition may look at context.request.segments.
+	segments bool
 }
 
 // Annotations that mean something here. Others are the operator's own.
@@ -54,6 +56,9 @@ func newRule(id string, p *cedar.Policy) (*rule, error) {
 		errs = append(errs, r.annotate(string(key), string(value)))
 	}
 	errs = append(errs, r.readScope())
+	for _, c := range r.ast.Conditions {
+		r.segments = r.segments || looksAtSegments(c.Body)
+	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -103,6 +108,34 @@ func (r *rule) readScope() error {
 	}
 	r.http = r.aboutEndpoints || namesHTTP(r.ast.Action)
 	return errors.Join(errs...)
+}
+
+// looksAtSegments reports whether an expression may look at path segments: it
+// names them, or takes the request or the context as a whole.
+func looksAtSegments(n ast.IsNode) bool {
+	found := false
+	ast.Inspect(ast.NewNode(n), func(n ast.IsNode) bool {
+		switch n := n.(type) {
+		case ast.NodeTypeAccess:
+			found = found || n.Value == "segments"
+			return !isRequest(n.Arg) && !isContext(n.Arg) || isContext(n.Arg) && n.Value == "request"
+		case ast.NodeTypeHas:
+			return !isRequest(n.Arg) && !isContext(n.Arg)
+		}
+		found = found || isContext(n)
+		return true
+	})
+	return found
+}
+
+func isContext(n ast.IsNode) bool {
+	v, ok := n.(ast.NodeTypeVariable)
+	return ok && v.Name == "context"
+}
+
+func isRequest(n ast.IsNode) bool {
+	a, ok := n.(ast.NodeTypeAccess)
+	return ok && a.Value == "request" && isContext(a.Arg)
 }
 
 // namesHTTP reports whether an action scope names an HTTP method or a group of them.

@@ -18,7 +18,7 @@ func sampleRequest(m *mapped) cedar.Request {
 	service := serviceOf(spiffeid.ID{}, netip.MustParseAddrPort("192.0.2.2:80"))
 	return cedar.Request{
 		Principal: caller.entity.UID, Action: m.action, Resource: service.entity.UID,
-		Context: m.context(ipValue(netip.MustParseAddr("192.0.2.1")), cedar.True),
+		Context: m.context(ipValue(netip.MustParseAddr("192.0.2.1")), cedar.True, true),
 	}
 }
 
@@ -86,6 +86,29 @@ func TestMethodGroups(t *testing.T) {
 			if got := words.actionIn(words.method(method), cedar.NewEntityUID(typeAction, cedar.String(group))); got != want {
 				t.Errorf("%s in %s: %v", method, group, got)
 			}
+		}
+	}
+}
+
+// A condition that looks at segments in any way must be given them.
+func TestLooksAtSegments(t *testing.T) {
+	for condition, want := range map[string]bool{
+		`context.request.segments.s0 == "a"`:                                              true,
+		`context.mesh && context.request.segments.count == 1`:                             true,
+		`context.request == context.request`:                                              true,
+		`context == context`:                                                              true,
+		`[context.request].contains(context.request)`:                                     true,
+		`{a: context.request}.a.segments.count == 1`:                                      true,
+		`(if context.mesh then context.request else context.request).segments.count == 1`: true,
+		`context.request.path == "/a"`:                                                    false,
+		`context.request has upgrade && context.request.upgrade == "websocket"`:           false,
+		`context has request && context.request.host == "h"`:                              false,
+		`context.src_ip.isLoopback() && context.mesh`:                                     false,
+		`principal is Workload`:                                                           false,
+	} {
+		s := snapshotOf(t, `permit(principal, action == Action::"GET", resource is Service) when { `+condition+` };`)
+		if got := s.rules[0].segments; got != want {
+			t.Errorf("%s: %v", condition, got)
 		}
 	}
 }

@@ -178,7 +178,7 @@ func (l *Log) flush() error {
 	l.status.LastError = ""
 	l.status.Written += uint64(n)
 	l.spare = lines[:0]
-	if cap(l.spare) > 4*flushAt {
+	if cap(lines) > 4*flushAt && len(lines) < cap(lines)/8 {
 		l.spare = nil // a burst is over: give its memory back
 	}
 	return nil
