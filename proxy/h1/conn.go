@@ -21,6 +21,7 @@ type half struct {
 	scan    scanner
 	body    body
 	waiting bool // the last step left octets
+	held    bool // and they wait for the other half
 	eof     bool // the end of the stream was passed on
 }
 
@@ -94,7 +95,7 @@ func (c *Conn) Upstream(in []byte, eof bool, out *Out) (n int, err error) {
 func (c *Conn) finish(s *step, h *half, mute bool) (n int, err error) {
 	s.flush()
 	left := len(s.in) - s.pos
-	h.waiting = left > 0
+	h.waiting, h.held = left > 0, s.out.Hold
 	s.out.NeedMore = left > 0 && !s.out.Hold
 	s.out.Opaque = c.opaque
 	if s.eof && left == 0 && !h.eof {

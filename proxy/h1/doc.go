@@ -42,7 +42,8 @@
 // [Enforce] is for services whose every request needs its own permit: what is
 // not a whole valid HTTP/1 request does not pass. In [DryRun] the same checks are
 // made and reported, but nothing is refused by the filter itself: the connection
-// goes on as opaque. In [Observe] HTTP is a guess. The first bytes are held only while they can
+// goes on as opaque. What can still become a request is held there too, as it
+// will be once the service is enforced. In [Observe] HTTP is a guess. The first bytes are held only while they can
 // still begin with a registered method, a space, a target and HTTP/1.x; the byte
 // that rules it out makes the connection opaque at once, and so does a server
 // that speaks first. There is no timer. A request head is held until it is

@@ -30,11 +30,13 @@ type Out struct {
 	head  Head   // likewise, of a request
 }
 
-// reset empties o, keeping its memory.
+// reset empties o, keeping its memory. The head is overwritten by the next one.
 func (o *Out) reset() {
-	clear(o.Forward)
+	clear(o.Forward) // a pooled Out must not keep the caller's buffers alive
 	clear(o.Reply)
-	*o = Out{Forward: o.Forward[:0], Reply: o.Reply[:0], buf: o.buf[:0], lines: o.lines[:0]}
+	o.Forward, o.Reply, o.buf = o.Forward[:0], o.Reply[:0], o.buf[:0]
+	o.ForwardEOF, o.Close, o.Opaque = false, false, false
+	o.NeedMore, o.Hold, o.Wake = false, false, false
 }
 
 // copied returns a copy of b in o's memory. Growing leaves earlier copies where they are.

@@ -4,6 +4,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unsafe"
 )
 
 const (
@@ -297,5 +298,24 @@ func TestValidValueByWords(t *testing.T) {
 				t.Errorf("octet %#x at %d", c, at)
 			}
 		}
+	}
+}
+
+// TestNoIdleWakes: a response wakes the client's half only if it was held.
+func TestNoIdleWakes(t *testing.T) {
+	c := New(&Config{}, &plain{})
+	var out Out
+	if n, _ := c.Downstream([]byte(getA+"GET /incomplete"), false, &out); n != len(getA) || !out.NeedMore {
+		t.Fatalf("took %d, NeedMore %v", n, out.NeedMore)
+	}
+	if _, err := c.Upstream([]byte(ok), false, &out); err != nil || out.Wake {
+		t.Errorf("Wake %v, %v", out.Wake, err)
+	}
+}
+
+// TestConnIsSmall: an idle connection is to cost little.
+func TestConnIsSmall(t *testing.T) {
+	if size := unsafe.Sizeof(Conn{}); size > 640 {
+		t.Errorf("a Conn takes %d octets", size)
 	}
 }

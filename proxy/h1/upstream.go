@@ -90,7 +90,7 @@ func (c *Conn) responseBody(s *step) (progress bool) {
 func (c *Conn) complete(s *step) {
 	c.up.begun = false
 	c.outstanding.pop()
-	s.out.Wake = s.out.Wake || c.down.waiting
+	s.out.Wake = s.out.Wake || c.down.held
 	if c.up.closes {
 		c.noMoreResponses(s)
 		return
@@ -114,7 +114,7 @@ func (c *Conn) noMoreResponses(s *step) {
 	if c.down.dead {
 		c.end(s.out)
 	}
-	s.out.Wake = s.out.Wake || c.down.waiting
+	s.out.Wake = s.out.Wake || c.down.held
 }
 
 func (c *Conn) serverEOF(s *step) {
