@@ -74,7 +74,7 @@ func (c *Conn) awaitConnected(ctx context.Context) error {
 		return ctx.Err()
 	}
 	if err != nil {
-		return err
+		return pollError(err)
 	}
 	return result
 }

@@ -97,7 +97,7 @@ func (l *Listener) Close() error {
 func (l *Listener) Accept() (Accepted, error) {
 	l.err = nil
 	if err := l.raw.Read(l.acceptFn); err != nil {
-		return Accepted{}, err
+		return Accepted{}, pollError(err)
 	}
 	return l.got, l.err
 }

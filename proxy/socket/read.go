@@ -17,7 +17,7 @@ import (
 // and one that would have fitted a small buffer goes back.
 func (c *Conn) Read() (*Buffer, error) {
 	c.rerr = nil
-	err := c.raw.Read(c.readFn)
+	err := pollError(c.raw.Read(c.readFn))
 	b := c.buf
 	c.buf = nil
 	if err == nil {

@@ -113,9 +113,18 @@ func (c *Conn) Control(fn func(fd int) error) error { return c.control(fn) }
 func (c *Conn) control(fn func(fd int) error) error {
 	var inner error
 	if err := c.raw.Control(func(fd uintptr) { inner = fn(int(fd)) }); err != nil {
-		return err
+		return pollError(err)
 	}
 	return inner
+}
+
+// pollError names what the poller says: a deadline that passed, or else a
+// descriptor that is closed, for which os has an error but does not use it here.
+func pollError(err error) error {
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	return ErrClosed
 }
 
 // LocalAddr is the socket's own address, never v4-mapped; invalid once closed.

@@ -40,7 +40,7 @@ func (w *cursor) advance(n int) {
 // nor changes spans.
 func (c *Conn) TryWrite(spans [][]byte) (int, error) {
 	c.w, c.werr = cursor{spans: spans}, nil
-	err := c.raw.Control(c.tryFn)
+	err := pollError(c.raw.Control(c.tryFn))
 	if err == nil {
 		err = c.werr
 	}
@@ -53,7 +53,7 @@ func (c *Conn) TryWrite(spans [][]byte) (int, error) {
 // deadline allows. It neither keeps nor changes spans.
 func (c *Conn) WriteAll(spans [][]byte) error {
 	c.w, c.werr = cursor{spans: spans}, nil
-	err := c.raw.Write(c.writeFn)
+	err := pollError(c.raw.Write(c.writeFn))
 	if err == nil {
 		err = c.werr
 	}
