@@ -2,6 +2,7 @@ package attest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"ringfence.dev/attest/cgroup"
@@ -99,8 +100,11 @@ func (a *Attestor) evidenceOf(h *proc.Handle) (workload.Evidence, error) {
 		return ev, nil
 	}
 	cg, err := h.Cgroups()
-	if err == nil && cg.V2 != "" && !cg.Removed {
-		ev.CgroupID, err = a.tree.ID(cg.V2)
+	if err != nil {
+		return ev, err
+	}
+	if ev.CgroupID, err = a.tree.ID(cg.V2); errors.Is(err, cgroup.ErrNotFound) {
+		err = nil // removed, or outside of our cgroup namespace: zero says unknown
 	}
 	return ev, err
 }
