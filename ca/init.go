@@ -58,7 +58,12 @@ func initLocked(d *keystore.Dir, td spiffeid.TrustDomain, opts Options) (created
 	root, err := loadPair(d, rootFile, td)
 	if errors.Is(err, keystore.ErrNotExist) {
 		created = true
-		root, err = createRoot(d, td, now)
+		if err := createRoot(d, td, now); err != nil {
+			return false, err
+		}
+		// Go on with what the disk has, not with what it was told: an
+		// intermediate under a root that was lost could never be renewed.
+		root, err = loadPair(d, rootFile, td)
 	}
 	if err != nil {
 		return false, err
@@ -94,19 +99,19 @@ func isInstalled(d *keystore.Dir) (bool, error) {
 	return false, nil
 }
 
-func createRoot(d *keystore.Dir, td spiffeid.TrustDomain, now time.Time) (keystore.Pair, error) {
+func createRoot(d *keystore.Dir, td spiffeid.TrustDomain, now time.Time) error {
 	if err := checkClock(now, nil); err != nil {
-		return keystore.Pair{}, err
+		return err
 	}
 	root, err := newRoot(td, now)
 	if err != nil {
-		return keystore.Pair{}, err
+		return err
 	}
 	data, err := keystore.EncodePair(root)
 	if err != nil {
-		return keystore.Pair{}, err
+		return err
 	}
-	return root, d.Create(rootFile, data)
+	return d.Create(rootFile, data)
 }
 
 func ensureIntermediate(d *keystore.Dir, td spiffeid.TrustDomain, root keystore.Pair, now time.Time, opts Options) error {
