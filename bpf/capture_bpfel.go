@@ -237,7 +237,6 @@ const (
 	captureProgRfSockname6    = "rf_sockname6"
 	captureProgRfSteer        = "rf_steer"
 	captureVarRfBtf           = "rf_btf"
-	captureVarRfIfindex       = "rf_ifindex"
 	captureVarRfNetns         = "rf_netns"
 	captureVarRfRetval        = "rf_retval"
 	captureVarRfTypeEvent     = "rf_type_event"
@@ -330,7 +329,6 @@ type captureMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type captureVariableSpecs struct {
 	RfBtf           *ebpf.VariableSpec `ebpf:"rf_btf"`
-	RfIfindex       *ebpf.VariableSpec `ebpf:"rf_ifindex"`
 	RfNetns         *ebpf.VariableSpec `ebpf:"rf_netns"`
 	RfRetval        *ebpf.VariableSpec `ebpf:"rf_retval"`
 	RfTypeEvent     *ebpf.VariableSpec `ebpf:"rf_type_event"`
@@ -401,7 +399,6 @@ func (m *captureMaps) Close() error {
 // It can be passed to loadCaptureObjects or ebpf.CollectionSpec.LoadAndAssign.
 type captureVariables struct {
 	RfBtf           *ebpf.Variable `ebpf:"rf_btf"`
-	RfIfindex       *ebpf.Variable `ebpf:"rf_ifindex"`
 	RfNetns         *ebpf.Variable `ebpf:"rf_netns"`
 	RfRetval        *ebpf.Variable `ebpf:"rf_retval"`
 	RfTypeEvent     *ebpf.Variable `ebpf:"rf_type_event"`

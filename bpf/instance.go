@@ -127,15 +127,19 @@ func Open(o Options) (*Instance, error) {
 func (i *Instance) prepare(sizes map[string]uint32) error {
 	i.features = Probe()
 	consts := map[string]string{
-		"kernel type information (BTF)":  "rf_btf",
-		"error number of a refusal":      "rf_retval",
-		"ingress interface in sk_lookup": "rf_ifindex",
+		featureBTF:    "rf_btf",
+		featureRetval: "rf_retval",
 	}
 	spec, err := loadCapture()
 	if err != nil {
 		return err
 	}
 	delete(spec.Maps, ".bss") // holds only what keeps the types alive
+	for name := range spec.Variables {
+		if strings.HasPrefix(name, "rf_type_") {
+			delete(spec.Variables, name)
+		}
+	}
 	for _, f := range i.features {
 		if f.Required && f.Answer == No {
 			return &FeatureError{Feature: f.Name, MinKernel: f.MinKernel}

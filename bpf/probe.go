@@ -56,7 +56,11 @@ func (e *FeatureError) Error() string {
 // Is makes the error match [ErrNotSupported].
 func (e *FeatureError) Is(target error) bool { return target == ErrNotSupported }
 
-const toIptables = "the iptables back end"
+const (
+	toIptables    = "the iptables back end"
+	featureRetval = "error number of a refusal"
+	featureBTF    = "kernel type information (BTF)"
+)
 
 type probe struct {
 	Feature
@@ -123,13 +127,10 @@ func probes() []probe {
 		{Feature{Name: "namespace cookie in sockops", MinKernel: "5.15", Required: true,
 			Cost: "a note cannot be filed before the SYN", Fallback: toIptables},
 			helper(ebpf.SockOps, asm.FnGetNetnsCookie, asm.FnSkStorageGet)},
-		{Feature{Name: "ingress interface in sk_lookup", MinKernel: "5.17",
-			Cost:     "local traffic is recognised by its source address, which IPv6 does not protect from outside",
-			Fallback: "source address"}, haveIngressIfindex},
-		{Feature{Name: "error number of a refusal", MinKernel: "5.18",
+		{Feature{Name: featureRetval, MinKernel: "5.18",
 			Cost:     "a refused connect(2) says EPERM instead of ECONNREFUSED",
 			Fallback: "EPERM"}, helper(ebpf.CGroupSockAddr, asm.FnSetRetval)},
-		{Feature{Name: "kernel type information (BTF)", MinKernel: "5.13",
+		{Feature{Name: featureBTF, MinKernel: "5.13",
 			Cost:     "no start time and exec count from the hook, so attestation asks /proc; kernel sockets are known by their privileged port only",
 			Fallback: "pidfd and /proc"}, haveBTF},
 	}
@@ -171,31 +172,6 @@ func haveCookie() error {
 	_, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if errors.Is(err, unix.ENOPROTOOPT) {
 		return fmt.Errorf("SO_NETNS_COOKIE: %w", ebpf.ErrNotSupported)
-	}
-	return err
-}
-
-// haveIngressIfindex loads a program that reads bpf_sk_lookup.ingress_ifindex,
-// which an older verifier refuses as outside of the context.
-func haveIngressIfindex() error {
-	const ingressIfindex = 64 // offset in struct bpf_sk_lookup
-	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.SkLookup, AttachType: ebpf.AttachSkLookup,
-		Instructions: asm.Instructions{
-			asm.LoadMem(asm.R0, asm.R1, ingressIfindex, asm.Word),
-			asm.Mov.Imm(asm.R0, 1),
-			asm.Return(),
-		},
-		License: "GPL",
-	})
-	if err == nil {
-		return prog.Close()
-	}
-	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EINVAL) {
-		if e := features.HaveProgramType(ebpf.SkLookup); e != nil {
-			return e
-		}
-		return fmt.Errorf("read ingress_ifindex: %w", ebpf.ErrNotSupported)
 	}
 	return err
 }

@@ -49,6 +49,11 @@ static __always_inline int is_zero(const __be32 *a)
 	return !(a[0] | a[1] | a[2] | a[3]);
 }
 
+static __always_inline int same_addr(const __be32 *a, const __be32 *b)
+{
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
+}
+
 /* 0.0.0.0, :: or ::ffff:0.0.0.0. */
 static __always_inline int is_any(const __be32 *a)
 {

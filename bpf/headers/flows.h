@@ -110,8 +110,7 @@ static __always_inline void on_accept(struct bpf_sock_ops *ops, struct bpf_sock 
 	}
 	/* Nobody but the client vouches for this one. Watching, or loopback left alone, that is as it should be;
 	 * otherwise it came before its port was known, and the agent may cut it. */
-	int local = is_loopback(key.src) || (key.src[3] == key.dst[3] && key.src[0] == key.dst[0] &&
-					     key.src[1] == key.dst[1] && key.src[2] == key.dst[2]);
+	int local = is_loopback(key.src) || same_addr(key.src, key.dst);
 
 	if (s->mode != RF_WATCH && local && !(s->flags & RF_LOOP_ENFORCE))
 		return;

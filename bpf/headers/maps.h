@@ -12,7 +12,6 @@
 /* Set by the loader before the programs are verified; what is false costs nothing. */
 volatile const __u32 rf_btf = 0;     /* kernel BTF and bpf_probe_read_kernel are there */
 volatile const __u32 rf_retval = 0;  /* bpf_set_retval, Linux 5.18 */
-volatile const __u32 rf_ifindex = 0; /* ingress_ifindex in sk_lookup, Linux 5.17 */
 volatile const __u64 rf_netns = 0;   /* of the namespace an rf_steer is attached to; each has its own copy */
 
 /* Key: netns cookie. Written by the agent, last of all when a scope is added and first when it is

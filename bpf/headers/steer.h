@@ -5,8 +5,6 @@
 
 #include "addr.h"
 
-#define LO 1 /* the interface index of lo in every namespace */
-
 struct lookup {
 	struct conn_key key; /* as the client dialled */
 	__u32 port;	     /* dialled, host byte order */
@@ -27,15 +25,15 @@ static __always_inline void read_lookup(struct bpf_sk_lookup *ctx, struct lookup
 	l->key.dport = bpf_htons(l->port);
 }
 
-/* Whether the SYN was sent in this namespace. Before Linux 5.17 the program is not told the interface, and the
- * source address must do: the kernel drops packets from outside that carry an IPv4 address of its own. */
-static __always_inline int from_here(struct bpf_sk_lookup *ctx, const struct lookup *l)
+/* Whether the SYN was sent in this namespace. The ingress interface does not tell: for an address of eth0 that
+ * is dialled from the same host the kernel shows eth0 here, though the packet came by lo. The source address
+ * does: from outside, IPv4 packets with a source of our own are dropped (fib_validate_source), and an IPv6
+ * sender who forges one never sees the SYN-ACK, which goes to ourselves. */
+static __always_inline int from_here(const struct lookup *l)
 {
 	struct route *r;
 
-	if (rf_ifindex)
-		return CTX(ctx, ingress_ifindex) == LO;
-	if (is_loopback(l->key.src))
+	if (is_loopback(l->key.src) || same_addr(l->key.src, l->key.dst))
 		return 1;
 	r = route_to(rf_netns, l->key.src);
 	return r && r->kind == RF_ROUTE_LOCAL;
@@ -93,7 +91,7 @@ static __always_inline int on_lookup(struct bpf_sk_lookup *ctx)
 	read_lookup(ctx, &l);
 	if (is_own_port(l.port))
 		return SK_PASS;
-	if (from_here(ctx, &l)) {
+	if (from_here(&l)) {
 		if (bpf_map_lookup_elem(&rf_exempt, &l.key))
 			return SK_PASS;
 		/* With loopback enforced, what connect has redirected does not come here: what comes was not, and
