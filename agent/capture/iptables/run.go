@@ -23,7 +23,8 @@ const (
 
 // Run samples sockets, keeps the rules in step with what listens, repairs rules
 // that somebody changed, and tells the guard that the agent lives. It returns
-// when ctx ends and everything it started is gone.
+// when ctx ends and everything it started is gone. What it has begun to write it
+// writes to the end: half a set of rules is worse than a stop that takes longer.
 func (b *Backend) Run(ctx context.Context, event func(capture.Event)) error {
 	done := make(chan struct{})
 	go func() {
@@ -58,7 +59,7 @@ func (b *Backend) sample(ctx context.Context, event func(capture.Event)) {
 		sc.mu.Lock()
 		if !sc.closed && sc.fw != nil && sc.s.Mode != authz.Watch {
 			sc.portsLocked(b.watch.Listeners(sc.name))
-			if err := sc.refreshLocked(ctx); err != nil && ctx.Err() == nil {
+			if err := sc.refreshLocked(context.WithoutCancel(ctx)); err != nil {
 				b.log.Error("rules could not follow the scope's listeners", "scope", sc.name, "error", err)
 			}
 		}
@@ -100,11 +101,12 @@ func (b *Backend) reconcileOne(ctx context.Context, next int) int {
 		return next + 1
 	}
 	if wrong := sc.fw.Verify(ctx, sc.want); len(wrong) > 0 && ctx.Err() == nil {
-		b.repairs.Add(1)
 		b.log.Warn("somebody changed the rules; writing them again", "scope", sc.name, "differences", wrong)
-		if err := sc.writeLocked(ctx); err != nil {
+		if err := sc.writeLocked(context.WithoutCancel(ctx)); err != nil {
 			b.log.Error("rules could not be repaired", "scope", sc.name, "error", err)
+			return next + 1
 		}
+		b.repairs.Add(1)
 	}
 	return next + 1
 }
@@ -129,7 +131,7 @@ func (b *Backend) rearm(ctx context.Context) {
 	for _, sc := range b.all() {
 		sc.mu.Lock()
 		if !sc.closed && sc.fw != nil {
-			if err := sc.writeLocked(ctx); err != nil {
+			if err := sc.writeLocked(context.WithoutCancel(ctx)); err != nil {
 				b.log.Error("rules could not be written again", "scope", sc.name, "error", err)
 			}
 		}

@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"time"
 
+	"ringfence.dev/attest/cgroup"
 	fw "ringfence.dev/cni/iptables"
 	"ringfence.dev/cni/netns"
 )
@@ -44,7 +46,12 @@ func runGuard(ctx context.Context, conn net.Conn, log *slog.Logger, limit time.D
 		conn.Close()
 		return err
 	}
-	g := &guard{conn: conn, limit: limit, log: log, tools: tools, wills: map[string]*armed{}}
+	tree, err := cgroup.Open(cgroup.Config{})
+	if err != nil {
+		conn.Close()
+		return err
+	}
+	g := &guard{conn: conn, limit: limit, log: log, tools: tools, tree: tree, wills: map[string]*armed{}}
 	defer g.close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	return g.serve(ctx)
@@ -56,6 +63,7 @@ type guard struct {
 	limit time.Duration
 	log   *slog.Logger
 	tools *fw.Tools
+	tree  *cgroup.Tree
 	wills map[string]*armed
 	fired bool // since the last reply
 }
@@ -155,12 +163,30 @@ func (g *guard) fire() {
 	for range 3 {
 		var failed []*armed
 		for _, a := range left {
+			g.prune(a.Down)
 			if err := g.tools.OpenAs(a.ns, a.Variant).Apply(ctx, a.Down); err != nil {
 				g.log.Error("rules for a scope without agent could not be written", "scope", a.Scope, "error", err)
 				failed = append(failed, a)
 			}
 		}
 		left = failed
+	}
+}
+
+// prune drops rules about cgroups that are gone, such as the agent's own, which
+// its service manager removes with it. One such rule would fail all.
+func (g *guard) prune(down map[fw.Family]fw.Ruleset) {
+	for _, rules := range down {
+		for i := range rules {
+			rules[i].Rules = slices.DeleteFunc(rules[i].Rules, func(r fw.Rule) bool {
+				at := slices.Index(r, "--path")
+				if at < 0 || at+1 >= len(r) {
+					return false
+				}
+				_, err := g.tree.ID(r[at+1])
+				return err != nil
+			})
+		}
 	}
 }
 

@@ -55,6 +55,11 @@ func (sc *scope) openLocked(ctx context.Context, s capture.Scope) (err error) {
 	sc.ipv6 = hasIPv6(s)
 	sc.ct = newConntrack(s.NS)
 	sc.ct.begin()
+	listening, err := sc.diag.Listeners(ctx)
+	if err != nil {
+		return err
+	}
+	sc.portsLocked(listening)
 	sc.respecLocked()
 	return sc.writeLocked(ctx)
 }
@@ -189,17 +194,24 @@ func (sc *scope) closeLocked(ctx context.Context, detach bool) error {
 // covered. Elsewhere everything that listens is, except for the agent itself.
 func (sc *scope) portsLocked(listening []sockdiag.Socket) {
 	covered := map[port]bool{} // keyed with covered false
+	verdicts := map[string]bool{}
+	for _, c := range sc.aliveLocked() {
+		verdicts[clean(c.Path)] = c.Covered
+	}
 	for _, l := range listening {
+		if agentPort(l.Source.Port()) {
+			continue // the rules know them
+		}
 		for _, at := range addresses(l) {
 			at.port = l.Source.Port()
 			// Shared by several, one of them covered: covered.
-			covered[at] = covered[at] || sc.coversLocked(l.CgroupID)
+			covered[at] = covered[at] || sc.coversLocked(l.CgroupID, verdicts)
 		}
 	}
 	sc.spec.ports = exceptions(covered)
 }
 
-func (sc *scope) coversLocked(id uint64) bool {
+func (sc *scope) coversLocked(id uint64, verdicts map[string]bool) bool {
 	if id == sc.b.leafID {
 		return false
 	}
@@ -210,14 +222,10 @@ func (sc *scope) coversLocked(id uint64) bool {
 	if err != nil {
 		return true
 	}
-	byPath := map[string]bool{}
-	for _, c := range sc.table {
-		byPath[clean(c.Path)] = c.Covered
-	}
-	if own, ok := byPath[path]; ok {
+	if own, ok := verdicts[path]; ok {
 		return own
 	}
-	return inherited(byPath, path)
+	return inherited(verdicts, path)
 }
 
 // exceptions keeps the addresses that are not covered, and the covered ones whose

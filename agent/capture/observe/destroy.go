@@ -48,6 +48,12 @@ func openDestroyEvents(ns *netns.Handle, lost *atomic.Uint64) (*destroyEvents, e
 	if err != nil {
 		return nil, err
 	}
+	// A socket without address of its own counts as the sender, the kernel itself,
+	// and is left out of every broadcast.
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("bind for ended sockets: %w", err)
+	}
 	for _, group := range []int{groupTCPDestroy, groupTCP6Destroy} {
 		if err := unix.SetsockoptInt(fd, solNetlink, addMembership, group); err != nil {
 			unix.Close(fd)
