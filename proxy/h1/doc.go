@@ -40,15 +40,20 @@
 // # Modes
 //
 // [Enforce] is for services whose every request needs its own permit: what is
-// not a whole valid HTTP/1 request does not pass. In [DryRun] the same checks are
-// made and reported, but nothing is refused by the filter itself: the connection
-// goes on as opaque. What can still become a request is held there too, as it
-// will be once the service is enforced. In [Observe] HTTP is a guess. The first bytes are held only while they can
-// still begin with a registered method, a space, a target and HTTP/1.x; the byte
-// that rules it out makes the connection opaque at once, and so does a server
-// that speaks first. There is no timer. A request head is held until it is
-// complete or passes the limit, since lines are to be put into it; a client that
-// sends part of one and then waits for the server would wait for ever with or without us.
-// Because an opaque connection can carry anything, lines that the filter
-// removes or adds are worth trusting on an Enforce service only.
+// not a whole valid HTTP/1 request does not pass.
+//
+// In [DryRun] the same checks are made and reported, but the filter itself
+// refuses nothing: the connection goes on as opaque. What can still become a
+// request is held as it will be once the service is enforced.
+//
+// In [Observe] HTTP is a guess. The first octets are held only while they can
+// still begin a registered method, a space, a target and HTTP/1.x; the octet
+// that rules this out makes the connection opaque at once, and so does a server
+// that speaks first. There is no timer. From there on a head is held until it is
+// complete, since lines are to be put into it. A client that sent part of a
+// head and then waited for the server would get no answer from an HTTP server either.
+//
+// An opaque connection can carry anything. So the lines that the filter adds
+// are worth a server's trust on an Enforce service only: elsewhere a client can
+// begin with what is not quite HTTP, and write those lines itself.
 package h1
