@@ -38,11 +38,8 @@ func (e *Engine) Follow(ctx context.Context) error {
 		return fmt.Errorf("policy: watch %s: %w", e.cfg.Dir, err)
 	}
 	defer func() { _ = watcher.Close() }()
-	f := &follower{engine: e, dir: filepath.Clean(e.cfg.Dir), watcher: watcher}
+	f := &follower{engine: e, dir: filepath.Clean(e.cfg.Dir), watcher: watcher, seen: unseen}
 	f.watch()
-	f.seen = fingerprint(f.dir)
-	// What changed between loading and watching has caused no event.
-	_ = e.Reload()
 	return f.run(ctx)
 }
 
@@ -53,6 +50,10 @@ type follower struct {
 	watcher *fsnotify.Watcher
 	seen    string // fingerprint of what was last loaded, or refused
 }
+
+// unseen is no directory's fingerprint: the first look loads, because what
+// changed between making the engine and watching has caused no event.
+const unseen = "unseen"
 
 // watch watches the directory, and its parent because the directory itself may
 // be replaced. Adding again follows a replacement; errors are made good by looking.

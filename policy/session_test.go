@@ -273,3 +273,14 @@ func unsafeString(b []byte) string { return unsafe.String(&b[0], len(b)) }
 func addrPort(ip string, port int) netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(ip), uint16(port))
 }
+
+func TestRepeatedRequestsDoNotAllocate(t *testing.T) {
+	s := open(t, engineOf(t, policy.Config{Log: memoryLog(t), Dir: write(t, "p.cedar", manyPolicies(100))}), meshed(curl, nginx))
+	r := authz.Request{Method: "GET", Target: "/api/orders/7?x=y", Host: "nginx.lab.test"}
+	for range 3 * decisionlog.DefaultKeep {
+		want(t, must(s.Request(&r)), authz.Permit)
+	}
+	if n := testing.AllocsPerRun(1000, func() { must(s.Request(&r)) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
