@@ -3,11 +3,15 @@ package policy
 import (
 	"iter"
 	"slices"
+	"strings"
 
 	"github.com/cedar-policy/cedar-go"
 
 	"ringfence.dev/policy/authz"
 )
+
+// refused stands for an action where a refusal was not a policy's.
+const refused = "refuse"
 
 // maxNamed bounds the policies a decision names; a caller needs to know why, not all of it.
 const maxNamed = 8
@@ -244,7 +248,8 @@ func (p *pair) evaluate(r *authz.Request, separators bool) verdict {
 	case !p.httpOnly:
 		return p.observe(&m, err)
 	case err != nil:
-		return verdict{forbidden: true, reason: err.Error(), action: string(m.action.ID), host: m.host}
+		raw, _, _ := strings.Cut(r.Target, "?")
+		return verdict{forbidden: true, reason: err.Error(), action: refused, path: raw, host: m.host}
 	}
 	return p.decideRequest(&m)
 }

@@ -57,7 +57,7 @@ const maxExplained = 20
 func (e *Engine) Explain(rec decisionlog.Record) Explanation {
 	s, exact := e.snapshotOf(rec.Version)
 	x := Explanation{Record: rec, Version: s.version, Exact: exact, Policies: []Explained{}}
-	if rec.Action == "refuse" || rec.Method != "" && rec.Path == "" && rec.Action != "CONNECT" {
+	if rec.Action == refused {
 		x.Note = "refused before any policy was asked: " + rec.Reason
 		return x
 	}

@@ -131,7 +131,7 @@ func internal(ip netip.Addr) bool {
 func (e *Engine) Reload() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.cfg.Dir == "" {
+	if e.cfg.Dir == "" || e.awaitingLocked() {
 		return nil
 	}
 	s, err := load(e.cfg.Dir)
@@ -150,6 +150,13 @@ func (e *Engine) Reload() error {
 	e.swapLocked(old, s)
 	e.cfg.Logger.Info("policies loaded", "dir", e.cfg.Dir, "version", s.version, "policies", len(s.rules))
 	return nil
+}
+
+// awaitingLocked reports whether the directory has not come into being yet: that is no
+// failure, as losing it is.
+func (e *Engine) awaitingLocked() bool {
+	_, err := os.Stat(e.cfg.Dir)
+	return errors.Is(err, fs.ErrNotExist) && e.status.Reloads == 0 && len(e.snap.Load().rules) == 0
 }
 
 func (e *Engine) swapLocked(old, s *snapshot) {

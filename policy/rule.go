@@ -55,7 +55,7 @@ func newRule(id string, p *cedar.Policy) (*rule, error) {
 	for key, value := range p.Annotations() {
 		errs = append(errs, r.annotate(string(key), string(value)))
 	}
-	errs = append(errs, r.readScope())
+	errs = append(errs, r.readScope(), r.checkLiterals())
 	for _, c := range r.ast.Conditions {
 		r.segments = r.segments || looksAtSegments(c.Body)
 	}

@@ -56,7 +56,7 @@ func (s *session) HTTPOnly() bool { return s.current().httpOnly }
 // Refuse implements [authz.Session]. reason must not hold text of a peer's
 // choice beyond a short phrase; it is recorded escaped.
 func (s *session) Refuse(reason string) authz.Decision {
-	v := verdict{reason: reason, action: "refuse", forbidden: true}
+	v := verdict{reason: reason, action: refused, forbidden: true}
 	return s.conclude(s.next(), effectOf(s.conn.Mode, &v), s.current(), &v, nil)
 }
 
@@ -89,7 +89,7 @@ func (s *session) decision(id authz.ID, effect authz.Effect, p *pair, v *verdict
 		Effect:          effect,
 		Policies:        v.policies,
 		Reason:          v.reason,
-		Unauthenticated: !v.allowed && s.conn.Source.ID.IsZero(),
+		Unauthenticated: !v.allowed && v.action != refused && s.conn.Source.ID.IsZero(),
 	}
 	if v.allowed && v.shadowed {
 		d.Policies, d.Reason = v.shadowPolicies, v.shadowReason

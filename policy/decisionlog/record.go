@@ -42,7 +42,8 @@ type Record struct {
 	Action string `json:"action"`
 	// Resource is the id of the Cedar resource: a SPIFFE ID or address:port.
 	Resource string `json:"resource"`
-	// Set for HTTP requests. Path is canonical and without query; empty when it has no canonical form.
+	// Set for HTTP requests. Path is canonical and without query; as sent, without
+	// query, where Action is "refuse"; empty when it has no canonical form and nobody needs one.
 	Method  string `json:"method,omitempty"`
 	Host    string `json:"host,omitempty"`
 	Path    string `json:"path,omitempty"`
