@@ -88,9 +88,9 @@ type Attestor struct {
 	proc        *proc.FS
 	tree        *cgroup.Tree // nil on hosts without cgroup v2
 	named       bool         // systemd also keeps units in its own v1 hierarchy
-	mountNS     uint64       // the host's, that is PID 1's; zero unknown
+	mountNS     []uint64     // where only root mounts: PID 1's mount namespace and our own
 	ownedTop    string       // directories above are not judged; "/" outside of tests
-	self        uint32       // our own pid
+	self        uint32       // our own pid in proc
 
 	users, groups *accounts
 	hasher        *proc.Hasher
@@ -120,11 +120,25 @@ func New(cfg Config) (*Attestor, error) {
 		return nil, fmt.Errorf("attest: %w", err)
 	}
 	a.units = newUnits(cfg.UnitDirs, a.tree)
-	if h, err := a.proc.Open(1); err == nil {
-		a.mountNS, _ = h.Namespace("mnt") // unknown: deleted executables have no standing
-		h.Close()
+	if self, err := a.proc.Self(); err == nil {
+		a.self = self
+	}
+	for _, pid := range []uint32{1, a.self} {
+		if ns, ok := a.mountNamespace(pid); ok {
+			a.mountNS = append(a.mountNS, ns)
+		}
 	}
 	return a, nil
+}
+
+func (a *Attestor) mountNamespace(pid uint32) (uint64, bool) {
+	h, err := a.proc.Open(pid)
+	if err != nil {
+		return 0, false
+	}
+	defer h.Close()
+	ns, err := h.Namespace("mnt")
+	return ns, err == nil
 }
 
 func checked(cfg Config) (*Attestor, error) {

@@ -25,7 +25,7 @@ func keyOf(p workload.Process) imageKey { return imageKey{p.PID, p.StartTime / 1
 // image is a process image with what was concluded from its executable.
 type image struct {
 	proc.Image
-	standing standing
+	standing standing // as of the first look: who may change a path rarely changes
 }
 
 // finding is what is known about one piece of evidence.

@@ -42,9 +42,9 @@ func play(role string, args []string) error {
 		defer c.Close()
 		fmt.Println(c.LocalAddr())
 	case "exec": // becomes another program when told to
-		fmt.Println("ready")
 		hup := make(chan os.Signal, 1)
 		signal.Notify(hup, syscall.SIGHUP)
+		fmt.Println("ready")
 		<-hup
 		return syscall.Exec(args[0], args, os.Environ())
 	}

@@ -3,6 +3,7 @@ package attest
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -28,8 +29,8 @@ func (a *Attestor) judge(img *proc.Image) standing {
 	switch {
 	case !filepath.IsAbs(exe.Path):
 		return standing{why: "the kernel gives no path (" + exe.Path + ")"}
-	case exe.Deleted && img.MountNS != a.mountNS:
-		return standing{why: "the file was deleted, in another mount namespace than the host's"}
+	case exe.Deleted && !slices.Contains(a.mountNS, img.MountNS):
+		return standing{why: "the file was deleted, in a mount namespace of its own"}
 	case !exe.Deleted && !sameFile(exe):
 		return standing{why: "on the host this path names another file, or none"}
 	}

@@ -59,6 +59,20 @@ func (f *FS) Initial() (pid, cgroup bool) {
 	return err1 == nil && pidNS == initPIDNamespace, err2 == nil && cgroupNS == initCgroupNamespace
 }
 
+// Self is our own pid in this tree, which differs from os.Getpid when the tree
+// was mounted in another pid namespace.
+func (f *FS) Self() (uint32, error) {
+	link, err := readlink(unix.AT_FDCWD, filepath.Join(f.root, "self"))
+	if err != nil {
+		return 0, fmt.Errorf("own process: %w", err)
+	}
+	pid, err := strconv.ParseUint(link, 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("own process: %w", err)
+	}
+	return uint32(pid), nil
+}
+
 // Handle is one process, pinned until Close. It is not safe for concurrent use.
 type Handle struct {
 	pid uint32
