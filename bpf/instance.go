@@ -105,6 +105,7 @@ func Open(o Options) (*Instance, error) {
 	}
 	sweep(o.PinRoot, o.Instance)
 	i := &Instance{dir: filepath.Join(o.PinRoot, o.Instance), cgroup: o.CgroupRoot}
+	i.features = Probe()
 	if err := i.prepare(o.Sizes); err != nil {
 		return nil, err
 	}
@@ -123,9 +124,8 @@ func Open(o Options) (*Instance, error) {
 	return i, nil
 }
 
-// prepare reads the embedded object and fits it to this kernel.
+// prepare reads the embedded object and fits it to the kernel's features.
 func (i *Instance) prepare(sizes map[string]uint32) error {
-	i.features = Probe()
 	consts := map[string]string{
 		featureBTF:    "rf_btf",
 		featureRetval: "rf_retval",
@@ -197,7 +197,14 @@ func layoutOf(spec *ebpf.CollectionSpec) (string, error) {
 func (i *Instance) load(tables map[string]*ebpf.Map) error {
 	spec := i.spec.Copy()
 	delete(spec.Programs, "rf_steer")
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: tables})
+	kernel, err := i.kernelTypes()
+	if err != nil {
+		return err
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
+		MapReplacements: tables,
+		Programs:        ebpf.ProgramOptions{KernelTypes: kernel},
+	})
 	if err != nil {
 		return fmt.Errorf("load programs: %w", err)
 	}
@@ -207,6 +214,19 @@ func (i *Instance) load(tables map[string]*ebpf.Map) error {
 	}
 	i.coll = coll
 	return nil
+}
+
+// kernelTypes is what structure offsets are relocated against. Without BTF those are the object's own types:
+// the result is wrong, and in code that the verifier has found dead.
+func (i *Instance) kernelTypes() (*btf.Spec, error) {
+	if !i.Has(featureBTF) {
+		return i.spec.Types, nil
+	}
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("load kernel types: %w", err)
+	}
+	return kernel, nil
 }
 
 // Adopted reports whether Open found the pins of a previous agent of this instance.
