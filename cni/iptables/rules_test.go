@@ -109,6 +109,19 @@ COMMIT
 	}
 }
 
+func TestForwards(t *testing.T) {
+	s, err := parseSave("*nat\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n" +
+		"-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80\n" +
+		"-A DOCKER -i docker0 -j RETURN\n-A OUTPUT -p tcp -m tcp --dport 1 -j DNAT --to-destination 10.0.0.1\n-A DOCKER -p tcp -j DNAT --to-destination 10.0.0.1\nCOMMIT\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := s.forwards()
+	if len(got) != 1 || strings.Join(got[0], " ") != "! -i docker0 -p tcp -m tcp --dport 8080" {
+		t.Errorf("forwards = %q", got)
+	}
+}
+
 func FuzzParseSave(f *testing.F) {
 	f.Add("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m cgroup --path \"/a b\" -j RINGFENCE_OUT\nCOMMIT\n")
 	f.Add("# Table `x' is incompatible\n*filter\n-A INPUT ! -i lo -j DROP\n")

@@ -65,10 +65,9 @@ func (b *Backend) Origin(name string, d flow.Direction, fd int, local, remote ne
 // caller finds the socket at the other end of a redirected connection: its own
 // tables know it by where it believes to be connected.
 func (sc *scope) caller(ctx context.Context, f flow.Flow, local netip.AddrPort) (sockdiag.Socket, error) {
-	sc.mu.Lock()
-	diag, closed := sc.diag, sc.closed
-	sc.mu.Unlock()
-	if closed || diag == nil {
+	// Without sc.mu: it is held for as long as rules are being written.
+	diag := sc.diag.Load()
+	if diag == nil {
 		return sockdiag.Socket{}, capture.ErrNoScope
 	}
 	sock, err := diag.Find(ctx, f.Source, f.Destination, 0)
@@ -77,7 +76,7 @@ func (sc *scope) caller(ctx context.Context, f flow.Flow, local netip.AddrPort) 
 	}
 	// Two callers with one source port and different destinations would be the same
 	// connection after the redirect, so conntrack gave this one another source port.
-	source, dest, cerr := originalTuple(sc.ct.ns, f.Source, local)
+	source, dest, cerr := originalTuple(diag.ns, f.Source, local)
 	if cerr != nil || source == f.Source || dest != f.Destination {
 		return sock, fmt.Errorf("%w: %w", workload.ErrGone, err)
 	}

@@ -33,6 +33,7 @@ type spec struct {
 	mark     uint32 // random, of this process; only used when loopback
 	cgroups  []verdict
 	ports    []port
+	forwards map[fw.Family][]fw.Rule // what others' rules send on to another machine
 }
 
 // verdict says whether a cgroup and all below it are covered, unless a deeper
@@ -160,6 +161,11 @@ func (s spec) prerouting(f fw.Family) fw.Chain {
 		slices.Concat(fw.R("-p tcp -m connmark --mark "+connMark+" -m conntrack --ctdir ORIGINAL"), tproxy(capture.InboundPort, loopbackOf(f))),
 		fw.R("-m addrtype ! --dst-type LOCAL -j RETURN"),
 	)
+	// A packet with a socket attached cannot be forwarded any more, and a port that is
+	// published to containers often has a local listener too.
+	for _, match := range s.forwards[f] {
+		c.Rules = append(c.Rules, slices.Concat(match, fw.R("-j RETURN")))
+	}
 	listening := slices.Concat(syn, fw.R("-m socket --nowildcard -g RINGFENCE_CAP"))
 	c.Rules = append(c.Rules, s.portRules(f, listening)...)
 	c.Rules = append(c.Rules, listening)

@@ -100,12 +100,20 @@ func (b *Backend) reconcileOne(ctx context.Context, next int) int {
 	if sc.closed || sc.fw == nil || sc.s.Mode == authz.Watch {
 		return next + 1
 	}
-	if wrong := sc.fw.Verify(ctx, sc.want); len(wrong) > 0 && ctx.Err() == nil {
+	changed, err := sc.forwardsLocked(ctx)
+	wrong := sc.fw.Verify(ctx, sc.want)
+	if ctx.Err() != nil || err == nil && !changed && len(wrong) == 0 {
+		return next + 1
+	}
+	if err == nil && len(wrong) > 0 {
 		b.log.Warn("somebody changed the rules; writing them again", "scope", sc.name, "differences", wrong)
-		if err := sc.writeLocked(context.WithoutCancel(ctx)); err != nil {
-			b.log.Error("rules could not be repaired", "scope", sc.name, "error", err)
-			return next + 1
-		}
+	}
+	if err == nil {
+		err = sc.writeLocked(context.WithoutCancel(ctx))
+	}
+	if err != nil {
+		b.log.Error("rules could not be brought up to date", "scope", sc.name, "error", err)
+	} else if len(wrong) > 0 {
 		b.repairs.Add(1)
 	}
 	return next + 1

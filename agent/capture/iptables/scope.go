@@ -7,25 +7,33 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/attest/sockdiag"
 	fw "ringfence.dev/cni/iptables"
+	"ringfence.dev/cni/netns"
 	"ringfence.dev/policy/authz"
 )
+
+// tables are a namespace's socket tables.
+type tables struct {
+	*sockdiag.Conn
+	ns *netns.Handle
+}
 
 // scope is one namespace with rules in it.
 type scope struct {
 	b    *Backend
 	name string
+	diag atomic.Pointer[tables] // nil until opened and after closing
 
 	// mu held means that the rules in the kernel are those in want.
 	mu         sync.Mutex
 	s          capture.Scope
 	fw         *fw.Namespace
-	diag       *sockdiag.Conn
 	ct         conntrack
 	spec       spec
 	table      []capture.Cgroup
@@ -46,22 +54,45 @@ func (sc *scope) openLocked(ctx context.Context, s capture.Scope) (err error) {
 	if sc.fw, err = sc.b.tools.Open(ctx, s.NS); err != nil {
 		return err
 	}
-	if sc.diag, err = sockdiag.Open(s.NS); err != nil {
+	conn, err := sockdiag.Open(s.NS)
+	if err != nil {
 		return err
 	}
+	sc.diag.Store(&tables{Conn: conn, ns: s.NS})
 	if err := sc.b.watch.Watch(s); err != nil {
 		return err
 	}
 	sc.ipv6 = hasIPv6(s)
 	sc.ct = newConntrack(s.NS)
 	sc.ct.begin()
-	listening, err := sc.diag.Listeners(ctx)
+	listening, err := conn.Listeners(ctx)
 	if err != nil {
 		return err
 	}
 	sc.portsLocked(listening)
+	if _, err := sc.forwardsLocked(ctx); err != nil {
+		return err
+	}
 	sc.respecLocked()
 	return sc.writeLocked(ctx)
+}
+
+// forwardsLocked looks which ports of a host are forwarded by the rules of
+// others, and reports whether that has changed.
+func (sc *scope) forwardsLocked(ctx context.Context) (changed bool, err error) {
+	if !sc.s.Host {
+		return false, nil
+	}
+	forwards := map[fw.Family][]fw.Rule{}
+	for f := range sc.wantLocked() {
+		if forwards[f], err = sc.fw.Forwards(ctx, f); err != nil {
+			return false, err
+		}
+		same := slices.EqualFunc(forwards[f], sc.spec.forwards[f], func(a, b fw.Rule) bool { return slices.Equal(a, b) })
+		changed = changed || !same
+	}
+	sc.spec.forwards = forwards
+	return changed, nil
 }
 
 func (sc *scope) setModeLocked(ctx context.Context, s capture.Scope) error {
@@ -183,8 +214,8 @@ func (sc *scope) closeLocked(ctx context.Context, detach bool) error {
 		}
 	}
 	sc.closed = true
-	if sc.diag != nil {
-		errs = append(errs, sc.diag.Close())
+	if t := sc.diag.Swap(nil); t != nil {
+		errs = append(errs, t.Close())
 	}
 	errs = append(errs, sc.b.watch.Remove(ctx, sc.name))
 	return errors.Join(errs...)

@@ -115,6 +115,7 @@ func (b *Backend) Limits(name string) []string {
 	limits := []string{
 		"callers are found through socket tables and /proc, after the fact: weaker evidence than a hook's",
 		"a socket bound to a device other than lo cannot be redirected: its connect times out",
+		"TCP segments that a program makes by hand (raw sockets, tcptraceroute) are redirected, or in enforce refused, like any other",
 		"AF_PACKET and kernel-made tunnels pass below the rules: CAP_NET_RAW and CAP_NET_ADMIN are trusted",
 	}
 	if b.guard == nil {
