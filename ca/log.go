@@ -63,3 +63,6 @@ func (l *Log) Record(i Issuance) error {
 
 // Close closes the file.
 func (l *Log) Close() error { return l.f.Close() }
+
+// LogName is the customary name of the issuance log in a state directory.
+const LogName = "issued.jsonl"
