@@ -46,23 +46,29 @@ func (s *stage) play(ctx context.Context, show show) error {
 	for i, step := range steps {
 		line, said, err := step(ctx)
 		if err != nil {
-			return fmt.Errorf("step %d: %w%s", i+1, err, s.logs())
+			return fmt.Errorf("step %d: %w%s", i+1, err, s.accounts(ctx))
 		}
 		show.step(i+1, line, said)
 	}
 	return nil
 }
 
-// logs quotes the agents' last words, for the error of a step.
-func (s *stage) logs() string {
+// accounts quotes the agents' last words and decisions, for the error of a step.
+func (s *stage) accounts(ctx context.Context) string {
 	var b strings.Builder
+	quote := func(host string, a *lab.Agent) {
+		fmt.Fprintf(&b, "\nagent of host %s:\n%s", host, a.Tail(8))
+		if last, err := s.ringfence(ctx, a.Socket, "explain", "--last"); err == nil {
+			fmt.Fprintf(&b, "\nits last decision:\n%s", last)
+		}
+	}
 	for _, h := range []string{"a", "b"} {
 		if a, ok := s.lab.Agent(h); ok {
-			fmt.Fprintf(&b, "\nagent of host %s:\n%s", h, a.Tail(8))
+			quote(h, a)
 		}
 	}
 	if s.here != nil {
-		fmt.Fprintf(&b, "\nagent of this machine:\n%s", s.here.Tail(8))
+		quote(lab.Here, s.here)
 	}
 	return b.String()
 }
