@@ -91,7 +91,7 @@ func (a *addresses) refresh() error {
 			return fmt.Errorf("list links: %w", err)
 		}
 		for _, l := range links {
-			if l.Attrs().Flags&unix.IFF_LOOPBACK != 0 && l.Attrs().Flags&unix.IFF_UP != 0 {
+			if up := uint32(unix.IFF_LOOPBACK | unix.IFF_UP); l.Attrs().RawFlags&up == up {
 				set.loUp = true
 			}
 		}
