@@ -162,21 +162,34 @@ func wildcard(s sockdiag.Socket, ip netip.Addr) bool {
 // their identities.
 func (a *Attestor) find(ctx context.Context, sockets []sockdiag.Socket, addr netip.AddrPort) *owner {
 	o := &owner{inodes: inodes(sockets), until: time.Now().Add(ownerAge)}
-	for i, inode := range o.inodes {
-		holder, id, err := a.holder(ctx, inode, addr)
-		if err == nil && i > 0 && id.ID != o.identity.ID {
-			err = disagree(o.identity, id)
-		}
-		if err != nil {
-			// A failure is not tied to holders, which may be none.
-			return &owner{inodes: o.inodes, err: err, until: time.Now().Add(failureAge)}
-		}
-		o.holders = append(o.holders, holder)
-		if o.identity = id; holder.PID == 1 {
-			o.until = time.Now().Add(failureAge) // soon the service has it too
-		}
+	if err := o.compare(ctx, a, addr); err != nil {
+		// A failure is not tied to holders, which may be none.
+		return &owner{inodes: o.inodes, err: err, until: time.Now().Add(failureAge)}
 	}
 	return o
+}
+
+func (o *owner) compare(ctx context.Context, a *Attestor, addr netip.AddrPort) error {
+	if o.inodes[0] == 0 {
+		return fmt.Errorf("a socket there is the kernel's own: %w", workload.ErrUnknown)
+	}
+	found, err := a.proc.FindAll(ctx, o.inodes, nil)
+	if err != nil {
+		return err
+	}
+	for i, inode := range o.inodes {
+		holder, id, err := a.holder(ctx, inode, found[inode], addr)
+		switch {
+		case err != nil:
+			return err
+		case i > 0 && id.ID != o.identity.ID:
+			return disagree(o.identity, id)
+		case holder.PID == 1:
+			o.until = time.Now().Add(failureAge) // soon the service has it too
+		}
+		o.holders, o.identity = append(o.holders, holder), id
+	}
+	return nil
 }
 
 func disagree(a, b workload.Identity) error {
@@ -184,19 +197,11 @@ func disagree(a, b workload.Identity) error {
 }
 
 // holder identifies the processes that hold one socket, and returns one of them.
-func (a *Attestor) holder(ctx context.Context, inode uint64, addr netip.AddrPort) (proc.Holder, workload.Identity, error) {
-	var none workload.Identity
-	if inode == 0 {
-		return proc.Holder{}, none, fmt.Errorf("the socket is the kernel's own: %w", workload.ErrUnknown)
-	}
-	all, err := a.proc.FindHolders(ctx, inode, nil)
-	if err != nil {
-		return proc.Holder{}, none, err
-	}
+func (a *Attestor) holder(ctx context.Context, inode uint64, all []proc.Holder, addr netip.AddrPort) (proc.Holder, workload.Identity, error) {
 	others := slices.DeleteFunc(slices.Clone(all), func(h proc.Holder) bool { return h.PID == 1 })
 	switch {
 	case len(all) == 0:
-		return proc.Holder{}, none, fmt.Errorf("no process has a descriptor of socket %d: %w", inode, workload.ErrUnknown)
+		return proc.Holder{}, workload.Identity{}, fmt.Errorf("no process has a descriptor of socket %d: %w", inode, workload.ErrUnknown)
 	case len(others) == 0:
 		id, err := a.activated(ctx, all[0], addr)
 		return all[0], id, err

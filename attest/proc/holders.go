@@ -1,12 +1,13 @@
 package proc
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -35,12 +36,18 @@ func (f *FS) Holders(inode uint64) ([]workload.Process, error) {
 }
 
 // FindHolders looks among pids, or everywhere when pids is nil, for the
-// processes that hold a socket. It walks descriptor tables, so everywhere
-// costs about a millisecond for a hundred processes. Processes that end
-// meanwhile are passed over; those that may not be read are an error, unless a
-// holder was found elsewhere.
+// processes that hold a socket. See [FS.FindAll].
 func (f *FS) FindHolders(ctx context.Context, inode uint64, pids []uint32) ([]Holder, error) {
-	if inode == 0 {
+	found, err := f.FindAll(ctx, []uint64{inode}, pids)
+	return found[inode], err
+}
+
+// FindAll looks for the holders of several sockets in one walk. It reads every
+// descriptor of the processes: everywhere, that is about a microsecond for each
+// descriptor on the host. Processes that end meanwhile are passed over;
+// those that may not be read are an error if a socket has no holder elsewhere.
+func (f *FS) FindAll(ctx context.Context, inodes []uint64, pids []uint32) (map[uint64][]Holder, error) {
+	if slices.Contains(inodes, 0) {
 		return nil, errors.New("find holders of a socket: no inode number")
 	}
 	if pids == nil {
@@ -49,14 +56,18 @@ func (f *FS) FindHolders(ctx context.Context, inode uint64, pids []uint32) ([]Ho
 			return nil, err
 		}
 	}
-	found, unread, err := f.search(ctx, inode, pids, false)
-	if err == nil && len(found) == 0 {
+	found := make(map[uint64][]Holder, len(inodes))
+	unread, err := f.search(ctx, inodes, pids, found, false)
+	missing := slices.DeleteFunc(slices.Clone(inodes), func(i uint64) bool { return len(found[i]) > 0 })
+	if err == nil && len(missing) > 0 {
 		// A thread may have a descriptor table of its own, and the main thread,
 		// whose table /proc/PID/fd shows, may have ended.
-		found, unread, err = f.search(ctx, inode, pids, true)
+		unread, err = f.search(ctx, missing, pids, found, true)
 	}
-	if err == nil && len(found) == 0 && unread != nil {
-		err = fmt.Errorf("find holders of socket %d: %w", inode, unread)
+	for _, ino := range missing {
+		if err == nil && unread != nil && len(found[ino]) == 0 {
+			err = fmt.Errorf("find holders of socket %d: %w", ino, unread)
+		}
 	}
 	return found, err
 }
@@ -82,42 +93,48 @@ func numeric(dir *os.File) ([]uint32, error) {
 	return pids, err
 }
 
-func (f *FS) search(ctx context.Context, inode uint64, pids []uint32, threads bool) (found []Holder, unread, err error) {
-	want := "socket:[" + strconv.FormatUint(inode, 10) + "]"
+// search adds to found. unread is the last failure to read a live process.
+func (f *FS) search(ctx context.Context, inodes []uint64, pids []uint32, found map[uint64][]Holder, threads bool) (unread, err error) {
 	for _, pid := range pids {
 		if err := ctx.Err(); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		holder, ok, err := f.holds(pid, want, threads)
-		switch {
-		case ok:
-			found = append(found, holder)
-		case err != nil && !errors.Is(err, workload.ErrGone):
+		if err := f.searchOne(pid, inodes, found, threads); err != nil && !errors.Is(err, workload.ErrGone) {
 			unread = err
 		}
 	}
-	return found, unread, nil
+	return unread, nil
 }
 
-// holds looks for a link in one process's descriptor tables.
-func (f *FS) holds(pid uint32, want string, threads bool) (Holder, bool, error) {
+// searchOne looks through one process's descriptor tables.
+func (f *FS) searchOne(pid uint32, inodes []uint64, found map[uint64][]Holder, threads bool) error {
 	h, err := f.Open(pid)
 	if err != nil {
-		return Holder{}, false, err
+		return err
 	}
 	defer h.Close()
-	fd, err := h.descriptor("fd", want)
-	if threads && fd < 0 {
-		fd, err = h.threadDescriptor(want)
+	held := make(map[uint64]int)
+	note := func(fd int, ino uint64) {
+		if slices.Contains(inodes, ino) {
+			held[ino] = fd
+		}
 	}
-	if fd < 0 {
-		return Holder{}, false, err
+	if threads {
+		err = h.threadSockets(note)
+	} else {
+		err = h.sockets("fd", note)
+	}
+	if err != nil || len(held) == 0 {
+		return err
 	}
 	st, err := h.Stat()
 	if err != nil {
-		return Holder{}, false, err
+		return err
 	}
-	return Holder{Process: st.Process, FD: fd}, true, nil
+	for ino, fd := range held {
+		found[ino] = append(found[ino], Holder{Process: st.Process, FD: fd})
+	}
+	return nil
 }
 
 // Sockets lists the inode numbers of the sockets that a process holds open.
@@ -128,30 +145,12 @@ func (f *FS) Sockets(pid uint32) ([]uint64, error) {
 	}
 	defer h.Close()
 	var inodes []uint64
-	err = h.descriptors("fd", func(_, link string) bool {
-		num, ok := strings.CutPrefix(strings.TrimSuffix(link, "]"), "socket:[")
-		if ino, err := strconv.ParseUint(num, 10, 64); ok && err == nil {
-			inodes = append(inodes, ino)
-		}
-		return true
-	})
+	err = h.sockets("fd", func(_ int, ino uint64) { inodes = append(inodes, ino) })
 	return inodes, err
 }
 
-// descriptor returns the number of a descriptor whose link is want, or -1.
-func (h *Handle) descriptor(table, want string) (int, error) {
-	fd := -1
-	err := h.descriptors(table, func(name, link string) bool {
-		if link == want {
-			fd, _ = strconv.Atoi(name) // the kernel's own numbers
-		}
-		return link != want
-	})
-	return fd, err
-}
-
-// descriptors calls fn with every descriptor of a table until it returns false.
-func (h *Handle) descriptors(table string, fn func(name, link string) bool) error {
+// sockets calls fn with every socket of a descriptor table.
+func (h *Handle) sockets(table string, fn func(fd int, ino uint64)) error {
 	dfd, err := unix.Openat(h.dir, table, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return failed(h.pid, "descriptors", err)
@@ -162,8 +161,12 @@ func (h *Handle) descriptors(table string, fn func(name, link string) bool) erro
 	var buf [64]byte // links to files are cut short, which is of no interest
 	for _, name := range names {
 		n, err := unix.Readlinkat(dfd, name, buf[:])
-		if err == nil && !fn(name, string(buf[:n])) {
-			return nil
+		if err != nil {
+			continue // closed meanwhile
+		}
+		fd, err := strconv.Atoi(name)
+		if ino, ok := socketInode(buf[:n]); ok && err == nil {
+			fn(fd, ino)
 		}
 	}
 	if err != nil {
@@ -172,24 +175,40 @@ func (h *Handle) descriptors(table string, fn func(name, link string) bool) erro
 	return nil
 }
 
-func (h *Handle) threadDescriptor(want string) (int, error) {
+// socketInode reads a link such as "socket:[4711]".
+func socketInode(link []byte) (ino uint64, ok bool) {
+	num, ok1 := bytes.CutPrefix(link, []byte("socket:["))
+	num, ok2 := bytes.CutSuffix(num, []byte("]"))
+	if !ok1 || !ok2 || len(num) == 0 || len(num) > 19 {
+		return 0, false
+	}
+	for _, c := range num {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		ino = ino*10 + uint64(c-'0')
+	}
+	return ino, true
+}
+
+func (h *Handle) threadSockets(fn func(fd int, ino uint64)) error {
 	tfd, err := unix.Openat(h.dir, "task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, failed(h.pid, "threads", err)
+		return failed(h.pid, "threads", err)
 	}
 	dir := os.NewFile(uintptr(tfd), "task")
 	defer dir.Close()
 	tids, err := numeric(dir)
 	if err != nil {
-		return -1, failed(h.pid, "threads", err)
+		return failed(h.pid, "threads", err)
 	}
 	for _, tid := range tids {
-		fd, err := h.descriptor("task/"+strconv.FormatUint(uint64(tid), 10)+"/fd", want)
-		if fd >= 0 || err != nil && !errors.Is(err, workload.ErrGone) {
-			return fd, err
+		err := h.sockets("task/"+strconv.FormatUint(uint64(tid), 10)+"/fd", fn)
+		if err != nil && !errors.Is(err, workload.ErrGone) {
+			return err
 		}
 	}
-	return -1, nil
+	return nil
 }
 
 // Holds reports whether the process still has the socket under the same
