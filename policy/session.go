@@ -17,6 +17,7 @@ type session struct {
 	pair       *pair  // under the snapshot last used
 	seq        uint32 // of the last request
 	asked      bool   // Connect has recorded an outcome
+	opaque     bool   // the service was not HTTP-only when Connect was first asked
 	effect     authz.Effect
 }
 
@@ -32,14 +33,27 @@ func (s *session) current() *pair {
 // Connect implements [authz.Session].
 func (s *session) Connect() (authz.Decision, error) {
 	p := s.current()
-	id := authz.ID{Conn: s.conn.ID.Conn}
-	effect := effectOf(s.conn.Mode, &p.connect)
-	if s.asked && effect == s.effect {
-		return s.decision(id, effect, p, &p.connect), nil
+	v := &p.connect
+	if !s.asked {
+		s.opaque = !p.httpOnly
+	} else if s.outgrown(p) {
+		v = &verdict{forbidden: true, reason: "the service has become HTTP only", action: v.action}
 	}
-	d := s.conclude(id, effect, p, &p.connect, nil)
+	id := authz.ID{Conn: s.conn.ID.Conn}
+	effect := effectOf(s.conn.Mode, v)
+	if s.asked && effect == s.effect {
+		return s.decision(id, effect, v), nil
+	}
+	d := s.conclude(id, effect, p, v, nil)
 	s.asked, s.effect = true, effect
 	return d, nil
+}
+
+// outgrown reports whether a connection was opened to carry anything, has never
+// shown a request, and is now on an HTTP-only service: what it carries would
+// pass by the policies. Beside the caller nobody decides requests anyway.
+func (s *session) outgrown(p *pair) bool {
+	return s.opaque && p.httpOnly && s.seq == 0 && s.conn.Side != authz.Egress
 }
 
 // Request implements [authz.Session]. On a service that is not HTTP-only the
@@ -83,7 +97,7 @@ func effectOf(mode authz.Mode, v *verdict) authz.Effect {
 	return authz.WouldDeny
 }
 
-func (s *session) decision(id authz.ID, effect authz.Effect, p *pair, v *verdict) authz.Decision {
+func (s *session) decision(id authz.ID, effect authz.Effect, v *verdict) authz.Decision {
 	d := authz.Decision{
 		ID:              id,
 		Effect:          effect,
@@ -99,7 +113,7 @@ func (s *session) decision(id authz.ID, effect authz.Effect, p *pair, v *verdict
 
 // conclude counts and records a decision and returns it.
 func (s *session) conclude(id authz.ID, effect authz.Effect, p *pair, v *verdict, r *authz.Request) authz.Decision {
-	d := s.decision(id, effect, p, v)
+	d := s.decision(id, effect, v)
 	err := s.record(&d, p, v, r)
 	if err != nil {
 		s.engine.counts.unrecorded.Add(1)

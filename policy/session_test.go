@@ -159,6 +159,39 @@ func TestConnectAfterReload(t *testing.T) {
 	}
 }
 
+// A connection that was opened for anything must not outlive the moment from
+// which its service takes decided requests only.
+func TestServiceBecomesHTTPOnly(t *testing.T) {
+	dir := write(t, "p.cedar", permitAll)
+	e := engineOf(t, policy.Config{Dir: dir})
+	sessions := map[string]authz.Session{}
+	for _, name := range []string{"opaque", "egress", "http", "dry-run"} {
+		c := meshed(curl, nginx)
+		switch name {
+		case "egress":
+			c.Side = authz.Egress
+		case "dry-run":
+			c.Mode = authz.DryRun
+		}
+		sessions[name] = open(t, e, c)
+		want(t, connect(t, sessions[name]), authz.Permit)
+	}
+	want(t, request(t, sessions["http"], "GET", "/"), authz.Permit)
+	put(t, filepath.Join(dir, "q.cedar"), `forbid(principal, action == Action::"DELETE", resource in Service::"`+nginx+`");`)
+	if err := e.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	for name, effect := range map[string]authz.Effect{
+		"opaque": authz.Deny, "egress": authz.Permit, "http": authz.Permit, "dry-run": authz.WouldDeny,
+	} {
+		t.Log(name)
+		want(t, connect(t, sessions[name]), effect)
+		want(t, connect(t, sessions[name]), effect)
+	}
+	want(t, request(t, sessions["http"], "DELETE", "/"), authz.Deny)
+	want(t, connect(t, open(t, e, meshed(curl, nginx))), authz.Permit)
+}
+
 func TestReloadKeepsTheLastGoodOnes(t *testing.T) {
 	dir := write(t, "p.cedar", permitAll)
 	e := engineOf(t, policy.Config{Dir: dir})
