@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ringfence.dev/agent/admin"
+	"ringfence.dev/tools/ringfence/cacmd"
 	"ringfence.dev/tools/ringfence/lab"
 )
 
@@ -84,6 +85,7 @@ func command(e env) *cobra.Command {
 		peerCommand(client),
 		doctorCommand(client),
 		checkCommand(client),
+		cacmd.Command(),
 		lab.Command(),
 	)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{2, err} })
