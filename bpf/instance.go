@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -213,6 +214,8 @@ func (i *Instance) load(tables map[string]*ebpf.Map) error {
 		return err
 	}
 	i.coll = coll
+	// From here on only rf_steer is loaded, again and again; the rest would be copied each time for nothing.
+	maps.DeleteFunc(i.spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return name != "rf_steer" })
 	return nil
 }
 

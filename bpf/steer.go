@@ -52,11 +52,6 @@ func (i *Instance) Steer(fd int, cookie uint64) error {
 // steerProgram loads the namespace's own copy: sk_lookup cannot ask for the cookie, so it is a constant in it.
 func (i *Instance) steerProgram(cookie uint64) (*ebpf.Program, error) {
 	spec := i.spec.Copy()
-	for name := range spec.Programs {
-		if name != "rf_steer" {
-			delete(spec.Programs, name)
-		}
-	}
 	if err := spec.Variables["rf_netns"].Set(cookie); err != nil {
 		return nil, fmt.Errorf("set rf_netns: %w", err)
 	}

@@ -31,7 +31,7 @@ type job struct {
 	Proto  int
 	Bind   string // bind to this first
 	Device string
-	How    string // "", "fastopen", "fastopen_connect", "io_uring"
+	How    string // "", "fastopen", "fastopen_connect", "reconnect", "io_uring"
 	Join   string // move to this cgroup between socket and connect
 	UID    int
 	Only   bool // make (and bind) the socket, no more
@@ -155,6 +155,15 @@ func connect(fd int, j job) error {
 		}
 		_, err := unix.Write(fd, []byte("x"))
 		return err
+	case "reconnect": // the first connection, which nobody answers, is dissolved
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 1}); err != unix.ECONNREFUSED {
+			return err
+		}
+		unspec := unix.RawSockaddr{Family: unix.AF_UNSPEC}
+		_, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspec)), unix.SizeofSockaddrInet4)
+		if errno != 0 {
+			return errno
+		}
 	case "io_uring":
 		return uringConnect(fd, sa.(*unix.SockaddrInet4))
 	}
@@ -235,10 +244,10 @@ func uringConnect(fd int, sa *unix.SockaddrInet4) error {
 	port[0], port[1] = byte(sa.Port>>8), byte(sa.Port)
 	sqes[0] = 16 // IORING_OP_CONNECT
 	*(*int32)(unsafe.Pointer(&sqes[4])) = int32(fd)
-	*(*uint64)(unsafe.Pointer(&sqes[8])) = unix.SizeofSockaddrInet4                  // off: addrlen
+	*(*uint64)(unsafe.Pointer(&sqes[8])) = unix.SizeofSockaddrInet4               // off: addrlen
 	*(*uint64)(unsafe.Pointer(&sqes[16])) = uint64(uintptr(unsafe.Pointer(&raw))) // addr
-	*(*uint32)(unsafe.Pointer(&sq[u32(64)])) = 0                                     // array[0] is entry 0
-	*(*uint32)(unsafe.Pointer(&sq[u32(44)])) = 1                                     // tail
+	*(*uint32)(unsafe.Pointer(&sq[u32(64)])) = 0                                  // array[0] is entry 0
+	*(*uint32)(unsafe.Pointer(&sq[u32(44)])) = 1                                  // tail
 	_, _, errno = unix.Syscall6(unix.SYS_IO_URING_ENTER, ring, 1, 1, 1, 0, 0)
 	if errno != 0 {
 		return errno

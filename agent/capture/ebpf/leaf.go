@@ -1,20 +1,22 @@
 package ebpf
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"ringfence.dev/bpf"
 )
 
 // JoinLeaf makes the cgroup v2 directory name (a path below root is allowed)
 // and moves the current process, with all its threads, into it. It returns the
-// directory's inode number, by which the programs know the agent. An empty root
+// directory's id, by which the programs know the agent. An empty root
 // means the mount point of the cgroup v2 tree.
 //
 // Moving leaves the resource limits of the service manager behind where they
@@ -40,16 +42,24 @@ func JoinLeaf(root, name string) (cgroupID uint64, err error) {
 	return CgroupID(dir)
 }
 
-// CgroupID returns the inode number of a cgroup v2 directory, which is its id
-// in the kernel. On 32-bit machines that is the low half of the id.
+// CgroupID returns the id of a cgroup v2 directory as the kernel's hooks know
+// it: on 64-bit machines its inode number. On 32-bit ones the id is wider than
+// the inode number, with a generation on top, and the file handle carries it.
 func CgroupID(dir string) (uint64, error) {
-	st, err := os.Stat(dir)
-	if err != nil {
-		return 0, err
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
 	}
-	sys, ok := st.Sys().(*syscall.Stat_t)
-	if !ok || !st.IsDir() {
-		return 0, errors.New(dir + " is no cgroup directory")
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: dir, Err: err}
 	}
-	return sys.Ino, nil
+	if uint32(fs.Type) != unix.CGROUP2_SUPER_MAGIC || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return 0, errors.New(dir + " is no cgroup v2 directory")
+	}
+	handle, _, err := unix.NameToHandleAt(unix.AT_FDCWD, dir, 0)
+	if err == nil && len(handle.Bytes()) == 8 {
+		return binary.NativeEndian.Uint64(handle.Bytes()), nil
+	}
+	return st.Ino, nil
 }

@@ -121,7 +121,7 @@ func TestRefusalIsPushedDown(t *testing.T) {
 		w.run(job{To: "192.0.2.2:80", V6: true}).wantError(t, "connect", unix.ECONNREFUSED)
 	}
 	w.event(capture.Refused, func(e capture.Event) bool { return e.Flow.Destination == f.Destination })
-	w.run(job{To: "192.0.2.2:81"}).want(t, "agent")            // another destination
+	w.run(job{To: "192.0.2.2:81"}).want(t, "agent")             // another destination
 	w.run(job{To: "192.0.2.2:80", UID: 65534}).want(t, "agent") // another user
 	run(t, w.host, otherDir, job{To: "192.0.2.2:80"}).want(t, "agent")
 

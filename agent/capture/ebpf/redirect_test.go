@@ -3,6 +3,7 @@ package ebpf_test
 import (
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -10,6 +11,7 @@ import (
 	"ringfence.dev/agent/capture/ebpf"
 	"ringfence.dev/attest/workload"
 	"ringfence.dev/policy/authz"
+	"ringfence.dev/test/nettest"
 )
 
 func TestRedirect(t *testing.T) {
@@ -30,6 +32,7 @@ func TestRedirect(t *testing.T) {
 		{"privileged source port", "192.0.2.1", job{To: "192.0.2.2:80", Bind: "0.0.0.0:600"}},
 		{"fast open", "192.0.2.1", job{To: "192.0.2.2:80", How: "fastopen"}},
 		{"deferred fast open", "192.0.2.1", job{To: "192.0.2.2:80", How: "fastopen_connect"}},
+		{"second connect", "192.0.2.1", job{To: "192.0.2.2:80", How: "reconnect"}},
 		{"other user", "192.0.2.1", job{To: "192.0.2.2:80", UID: 65534}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -82,5 +85,22 @@ func TestRedirectIoUring(t *testing.T) {
 	r.want(t, "agent")
 	if f := w.flow(); int(f.Caller.PID) != r.PID {
 		t.Errorf("caller %d, want %d", f.Caller.PID, r.PID)
+	}
+}
+
+func TestCgroupIDIsTheInode(t *testing.T) {
+	nettest.RequireRoot(t)
+	st, err := os.Stat(appDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The low half everywhere, the whole of it on 64-bit machines.
+	if id := cgroupID(t, appDir); uint32(id) != uint32(st.Sys().(*syscall.Stat_t).Ino) {
+		t.Errorf("id %d, inode %d", id, st.Sys().(*syscall.Stat_t).Ino)
+	}
+	for _, path := range []string{"/proc", "/nonexistent", appDir + "/cgroup.procs"} {
+		if _, err := ebpf.CgroupID(path); err == nil {
+			t.Errorf("CgroupID(%s) succeeded", path)
+		}
 	}
 }

@@ -22,6 +22,7 @@ import (
 
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/agent/capture/ebpf"
+	"ringfence.dev/attest/workload"
 	"ringfence.dev/bpf"
 	"ringfence.dev/cni/netns"
 	"ringfence.dev/policy/authz"
@@ -439,3 +440,8 @@ func eventually(t *testing.T, w *world, j job, step string, errno syscall.Errno)
 		return r.Step == step && r.Errno == errno
 	})
 }
+
+var (
+	flowZero       netip.AddrPort
+	workloadNobody workload.Identity
+)
