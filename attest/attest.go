@@ -204,13 +204,17 @@ func (a *Attestor) findCgroups(cfg Config) error {
 		return nil // no pid 1 to be seen: its hierarchy cannot be told either
 	}
 	defer h.Close()
+	st, err := h.Stat()
+	if err != nil {
+		return err
+	}
 	cg, err := h.Cgroups()
 	if err != nil {
 		return fmt.Errorf("cgroups of process 1: %w", err)
 	}
-	// systemd puts itself into init.scope of every hierarchy that it manages;
-	// other init programs leave a mounted name=systemd hierarchy alone.
-	a.named = cgroup.UnitOf(cg.Systemd, nil).Name == "init.scope"
+	// Other init programs leave a name=systemd hierarchy, which container tools
+	// mount, to whoever wants it.
+	a.named = cg.Systemd != "" && st.Comm == "systemd"
 	return nil
 }
 

@@ -95,7 +95,9 @@ func (a *Attestor) evidenceOf(h *proc.Handle) (workload.Evidence, error) {
 	if err != nil {
 		return workload.Evidence{}, err
 	}
-	ev := workload.Evidence{Process: st.Process, UID: who.EUID, GID: who.EGID, Source: workload.SourceListener}
+	// Real ids, as bpf_get_current_uid_gid gives them to the connect hook: one
+	// service must not be two because it both dials and listens.
+	ev := workload.Evidence{Process: st.Process, UID: who.UID, GID: who.GID, Source: workload.SourceListener}
 	if a.tree == nil {
 		return ev, nil
 	}

@@ -200,7 +200,7 @@ func (f *finding) who(a *Attestor, h *proc.Handle, want needs) error {
 			return err
 		}
 		if !hook {
-			f.evidence.GID = st.EGID
+			f.evidence.GID = st.GID
 		}
 		for _, g := range st.Groups {
 			if want.supplementary {

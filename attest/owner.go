@@ -79,7 +79,8 @@ func (a *Attestor) owner(ctx context.Context, ns *netns.Handle, addr netip.AddrP
 		return o.identity, o.err
 	}
 	o := a.find(ctx, sockets, addr)
-	if ctx.Err() == nil {
+	// What only came in between is not repeated to the next caller.
+	if ctx.Err() == nil && !errors.Is(o.err, workload.ErrGone) {
 		a.owners.put(key, o)
 	}
 	return o.identity, o.err
