@@ -5,6 +5,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -169,4 +171,30 @@ func TestRootNearItsEnd(t *testing.T) {
 			t.Errorf("Issue after the root's end = %v, want ErrExpired", err)
 		}
 	})
+}
+
+// Many callers find the renewal due at the same moment: one renews, the others
+// sign with what there is, and nobody waits.
+func TestOneRenewalForAll(t *testing.T) {
+	var made atomic.Int32
+	opts := Options{Record: func(i Issuance) error {
+		if i.Kind == "intermediate" {
+			made.Add(1)
+		}
+		return nil
+	}}
+	synctest.Test(t, func(t *testing.T) {
+		sleepTo2030()
+		a := mustOpen(t, newCADir(t, opts), opts)
+		made.Store(0)
+		time.Sleep(70 * 24 * time.Hour)
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() { mustIssue(t, a, "spiffe://lab.test/a", 0) })
+		}
+		wg.Wait()
+	})
+	if n := made.Load(); n != 1 {
+		t.Errorf("%d intermediates were made", n)
+	}
 }
