@@ -31,6 +31,7 @@ type CA struct {
 	key    *ecdsa.PrivateKey
 	cert   *x509.Certificate
 
+	mint   sync.Mutex
 	mu     sync.Mutex
 	leaves map[spiffeid.ID]*tls.Certificate
 	serial int64
@@ -138,6 +139,8 @@ func (c *CA) Certificate(_ context.Context, id spiffeid.ID) (*tls.Certificate, e
 		c.tb.Error("certificate asked for without an identity")
 		return nil, errors.New("no identity")
 	}
+	c.mint.Lock() // so that all who ask first get the same one
+	defer c.mint.Unlock()
 	c.mu.Lock()
 	cert := c.leaves[id]
 	c.mu.Unlock()

@@ -106,15 +106,10 @@ func orDefault[T comparable](v, def T) T {
 // Open or Unreserve. It dials when there is none, once for all who wait. A
 // tunnel that shows another certificate than cert is retired.
 func (p *Pool) Get(ctx context.Context, key Key, cert *tls.Certificate) (*Conn, error) {
-	for fresh := false; ; {
+	for {
 		conn, d, err := p.take(key, cert)
 		if conn != nil || err != nil {
 			return conn, err
-		}
-		if fresh {
-			// A dial we waited for brought nothing usable, twice over: the peer
-			// allows no streams, or ends its tunnels at once.
-			return nil, fmt.Errorf("tunnel to %s: %w", key.To, ErrBusy)
 		}
 		select {
 		case <-d.done:
@@ -124,27 +119,8 @@ func (p *Pool) Get(ctx context.Context, key Key, cert *tls.Certificate) (*Conn, 
 		if d.err != nil {
 			return nil, d.err
 		}
-		// With more waiters than slots the rest go round again for another
-		// tunnel, so only an empty one counts as useless.
-		fresh = p.useless(key)
+		// With more waiters than slots, the rest go round again for another tunnel.
 	}
-}
-
-// useless reports whether the newest tunnel for key carries nothing and yet
-// takes nothing.
-func (p *Pool) useless(key Key) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	e := p.keys[key]
-	if e == nil || len(e.conns) == 0 {
-		return true
-	}
-	m := e.conns[len(e.conns)-1]
-	if err := m.Reserve(p.cfg.Streams); err == nil {
-		m.Conn.Unreserve()
-		return false
-	}
-	return m.Streams() == 0
 }
 
 // take finds a tunnel with a free slot, or the dial to wait for.
@@ -241,6 +217,11 @@ func (p *Pool) settle(key Key, d *dial, m *member, err error) {
 		p.total--
 	case isClosed(m.Conn.Done()):
 		d.err = fmt.Errorf("tunnel to %s: %w: %w", key.To, ErrRejected, m.Conn.Err())
+		p.total--
+	case !m.Conn.takesStreams():
+		// Trying again would only make another such tunnel.
+		m.Conn.Close()
+		d.err = fmt.Errorf("tunnel to %s: %w: peer allows no streams", key.To, ErrRejected)
 		p.total--
 	default:
 		e.conns = append(e.conns, m)

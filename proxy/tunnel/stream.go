@@ -50,6 +50,13 @@ func (t *Conn) Reserve(limit int) error {
 	return nil
 }
 
+// takesStreams reports whether a fresh connection is of any use.
+func (t *Conn) takesStreams() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.err == nil && !t.draining && t.peerStreams > 0
+}
+
 // Unreserve gives back a promised slot that is not going to be used.
 func (t *Conn) Unreserve() {
 	t.mu.Lock()
