@@ -45,9 +45,6 @@ type Rule []string
 // R splits a rule at blanks, for rules whose arguments hold none.
 func R(text string) Rule { return strings.Fields(text) }
 
-// With returns the rule with more arguments in front of it.
-func (r Rule) With(front ...string) Rule { return slices.Concat(front, r) }
-
 // Chain is one chain of ours.
 type Chain struct {
 	Table string // "filter", "mangle" or "nat"

@@ -26,6 +26,8 @@ const (
 	// answerLimit bounds the wait for the guard, which answers at once unless the
 	// machine is.
 	answerLimit = 5 * time.Second
+	// restartPause keeps a guard that cannot live from being started over and over.
+	restartPause = 10 * time.Second
 )
 
 // Guard is the agent's side of the guard process. It is safe for concurrent use.
@@ -43,8 +45,9 @@ type Guard struct {
 
 // StartGuard starts program as guard. It has to call [RunGuard] with its
 // descriptor [GuardFD], and outlives the agent by as long as writing rules takes. It
-// leads a session of its own, so a terminal's signals do not reach it; a service
-// manager that kills the agent's whole cgroup must be told to spare it.
+// leads a session of its own, so a terminal's signals do not reach it. A service
+// manager that ends the agent's whole cgroup sends it SIGTERM as soon as the agent
+// dies, which it should therefore ignore: it ends by itself.
 func StartGuard(program string, args ...string) (*Guard, error) {
 	g := &Guard{start: func() (net.Conn, func(), error) { return spawn(program, args) }}
 	g.mu.Lock()
@@ -164,32 +167,42 @@ func (g *Guard) exchangeLocked(r request) (answer reply, err error) {
 	return answer, json.Unmarshal(line, &answer)
 }
 
-// run beats until ctx ends. rearm is called after the guard has acted, and after
-// a new guard had to be started; it arms every scope.
-func (g *Guard) run(ctx context.Context, rearm func()) error {
+// run beats until ctx ends. A guard that is gone is replaced, but not more often
+// than every restartPause. rearm is called after the guard has acted, and after a
+// new one was started; it arms every scope. lost is told why a guard was lost or
+// could not be started.
+func (g *Guard) run(ctx context.Context, rearm func(), lost func(error)) {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
+	var started time.Time
 	for {
 		err := g.ask(request{Op: "beat"})
 		restarted := false
-		if err != nil && ctx.Err() == nil {
-			g.mu.Lock()
-			err = g.connectLocked()
-			g.mu.Unlock()
-			if errors.Is(err, net.ErrClosed) {
-				return nil
+		if err != nil && ctx.Err() == nil && time.Since(started) > restartPause {
+			lost(err)
+			started = time.Now()
+			if err = g.restart(); errors.Is(err, net.ErrClosed) {
+				return // Close was called
 			}
-			restarted = err == nil
+			if restarted = err == nil; !restarted {
+				lost(err)
+			}
 		}
 		if g.takeFired() || restarted {
 			rearm()
 		}
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-tick.C:
 		}
 	}
+}
+
+func (g *Guard) restart() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.connectLocked()
 }
 
 func (g *Guard) takeFired() bool {

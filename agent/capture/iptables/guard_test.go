@@ -137,10 +137,11 @@ func TestGuardIsReplaced(t *testing.T) {
 	g.mu.Lock()
 	g.conn.Close() // the process is gone; its will was written
 	g.mu.Unlock()
+	variant, _ := h.b.scopes["test"].fw.Variant()
+	nettest.Wait(t, "the guard to act", func() bool { return !strings.Contains(h.saved(variant), "RINGFENCE") })
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- h.b.Run(ctx, func(capture.Event) {}) }()
-	variant, _ := h.b.scopes["test"].fw.Variant()
 	nettest.Wait(t, "rules to be back", func() bool { return strings.Contains(h.saved(variant), "RINGFENCE_TO") })
 	cancel()
 	if err := <-done; err != nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -19,8 +20,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"log/slog"
 
 	"ringfence.dev/test/nettest"
 )
@@ -87,6 +86,10 @@ func setOptions(fd int, options []string) error {
 		switch name {
 		case "mark":
 			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(n)); err != nil {
+				return err
+			}
+		case "device":
+			if err := unix.BindToDevice(fd, value); err != nil {
 				return err
 			}
 		case "from":

@@ -2,7 +2,6 @@ package iptables
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -126,16 +125,15 @@ func (b *Backend) beat(ctx context.Context) {
 	if b.guard == nil {
 		return
 	}
-	err := b.guard.run(ctx, func() { b.rearm(ctx) })
-	if err != nil && !errors.Is(err, context.Canceled) {
-		b.log.Error("the guard process is gone: a dead or hung agent will not be noticed", "error", err)
-	}
+	b.guard.run(ctx, func() { b.rearm(ctx) }, func(err error) {
+		b.log.Error("no guard process: a dead or hung agent is not noticed until one is back", "error", err)
+	})
 }
 
 // rearm writes all rules again after the guard has written its wills: the agent
 // was stopped for longer than allowed, and lives again.
 func (b *Backend) rearm(ctx context.Context) {
-	b.log.Warn("the guard took the agent for dead; capturing again")
+	b.log.Warn("the guard took the agent for dead, or was replaced; writing all rules again")
 	for _, sc := range b.all() {
 		sc.mu.Lock()
 		if !sc.closed && sc.fw != nil {

@@ -11,11 +11,13 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"ringfence.dev/agent/capture"
 	fw "ringfence.dev/cni/iptables"
 	"ringfence.dev/policy/authz"
+	"ringfence.dev/proxy/flow"
 	"ringfence.dev/test/nettest"
 )
 
@@ -264,6 +266,46 @@ func FuzzParseTuple(f *testing.F) {
 func FuzzParseDrops(f *testing.F) {
 	f.Add("entries drop\n00000001 0000000a\n00000001 00000002\n")
 	f.Fuzz(func(t *testing.T, text string) { _, _ = parseDrops(strings.NewReader(text)) })
+}
+
+func TestBeforeConnectBindsToTheCallersDevice(t *testing.T) {
+	h := newHost(t, "", nil)
+	fd, err := h.h.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	for _, device := range []uint32{0, 1} {
+		if err := h.b.BeforeConnect("test", fd, famAddr, netip.AddrPort{}, flow.Flow{Device: device}); err != nil {
+			t.Errorf("device %d: %v", device, err)
+		}
+	}
+	if err := h.b.BeforeConnect("test", -1, famAddr, netip.AddrPort{}, flow.Flow{Device: 1}); err == nil {
+		t.Error("a dial that could not be bound goes on")
+	}
+	if got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX); err != nil || got != 1 {
+		t.Errorf("bound to device %d, %v", got, err)
+	}
+}
+
+// Rules of others in both variants, and the lack of a guard, are told.
+func TestLimits(t *testing.T) {
+	nettest.RequireRoot(t)
+	h := newHost(t, "", nil)
+	if len(h.b.tools.Variants()) > 1 {
+		h.ns.Exec(t, "iptables-nft", "-A", "INPUT", "-s", "198.51.100.7", "-j", "DROP")
+		h.ns.Exec(t, "iptables-legacy", "-A", "INPUT", "-s", "198.51.100.7", "-j", "DROP")
+	}
+	h.add(authz.DryRun)
+	text := strings.Join(h.b.Limits("test"), "\n")
+	for _, want := range []string{"no guard process", "weaker evidence", "bound to a device"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not told in\n%s", want, text)
+		}
+	}
+	if len(h.b.tools.Variants()) > 1 && !strings.Contains(text, "both variants") {
+		t.Errorf("rules in both variants are not told:\n%s", text)
+	}
 }
 
 func TestExceptions(t *testing.T) {
