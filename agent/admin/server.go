@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -141,6 +142,10 @@ func Handler(b Backend) http.Handler {
 	mux.HandleFunc("POST /v1/memory/collect", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusOK, b.Collect())
 	})
+	// Only root can open the socket, so profiles are always at hand.
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	return mux
 }
 

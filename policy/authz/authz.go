@@ -189,6 +189,17 @@ func (s Side) String() string {
 // MarshalText writes "egress", "ingress" or "local".
 func (s Side) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
+// UnmarshalText reads "egress", "ingress" or "local".
+func (s *Side) UnmarshalText(text []byte) error {
+	for _, side := range []Side{Egress, Ingress, Local} {
+		if string(text) == side.String() {
+			*s = side
+			return nil
+		}
+	}
+	return fmt.Errorf("side %q is none of egress, ingress, local", text)
+}
+
 // Peer is the calling side of a connection.
 type Peer struct {
 	// ID is the verified SPIFFE ID: by this agent's attestation at egress, by

@@ -21,7 +21,7 @@ type Record struct {
 	Time   time.Time    `json:"time"`
 	ID     authz.ID     `json:"id"`
 	Scope  string       `json:"scope"`
-	Side   authz.Side   `json:"-"`
+	Side   authz.Side   `json:"side"`
 	Mode   authz.Mode   `json:"mode"`
 	Effect authz.Effect `json:"effect"`
 
