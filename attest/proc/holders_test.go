@@ -72,7 +72,9 @@ func TestHoldersOfNothing(t *testing.T) {
 	if got, err := Holders(0); err == nil {
 		t.Errorf("inode 0 is held by %v", got)
 	}
-	if got, err := Holders(1 << 60); err != nil || len(got) != 0 {
+	// Who may not read every table cannot say that nobody has the socket.
+	got, err := Holders(1 << 60)
+	if len(got) != 0 || (err != nil) != (os.Geteuid() != 0) || err != nil && !errors.Is(err, unix.EACCES) {
 		t.Errorf("holders %v (%v), want none", got, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
