@@ -236,8 +236,9 @@ func (b *Backend) Refused(string, flow.Flow, workload.Identity) {}
 func (b *Backend) PolicyChanged() {}
 
 // Close lets go. With detach all rules are removed, errors of single scopes
-// notwithstanding; without, they stay, and refuse in any mode until the next
-// agent takes the namespaces over.
+// notwithstanding. Without, those of scopes that shall be closed without an agent
+// stay, and refuse, until the next agent takes the namespaces over; the others
+// pass untouched.
 func (b *Backend) Close(detach bool) error {
 	b.mu.Lock()
 	scopes := b.scopes
@@ -246,7 +247,7 @@ func (b *Backend) Close(detach bool) error {
 	var errs []error
 	for _, sc := range scopes {
 		sc.mu.Lock()
-		errs = append(errs, sc.closeLocked(context.Background(), detach))
+		errs = append(errs, sc.closeLocked(context.Background(), detach || !sc.closedWhenDownLocked()))
 		sc.mu.Unlock()
 	}
 	errs = append(errs, b.watch.Close(detach))

@@ -132,6 +132,30 @@ func TestNothingIsLeft(t *testing.T) {
 	})
 }
 
+// An agent that stops and leaves its enforcing scopes closed must not close the
+// others with them.
+func TestCloseWithoutDetachLetsOpenScopesPass(t *testing.T) {
+	for _, c := range []struct {
+		mode authz.Mode
+		down capture.OnAgentDown
+		want string
+	}{
+		{authz.Enforce, capture.DownClosed, "refused"},
+		{authz.Enforce, capture.DownOpen, "peer"},
+		{authz.DryRun, capture.DownClosed, "peer"},
+	} {
+		h := newHost(t, "", nil)
+		h.scope.OnAgentDown = c.down
+		serveBanner(t, h.peer, "192.0.2.2:8080", "peer")
+		h.add(c.mode)
+		if err := h.b.Close(false); err != nil {
+			t.Fatal(err)
+		}
+		h.die()
+		h.want(cg.work, c.want, "192.0.2.2:8080")
+	}
+}
+
 func foreignRules(text string) (rules string) {
 	for l := range strings.Lines(text) {
 		if strings.HasPrefix(l, "-A") {

@@ -191,12 +191,17 @@ func (sc *scope) willLocked() error {
 	}
 	variant, _ := sc.fw.Variant()
 	down := map[fw.Family]fw.Ruleset{}
-	if sc.s.Mode == authz.Enforce && sc.s.OnAgentDown != capture.DownOpen {
+	if sc.closedWhenDownLocked() {
 		for f := range sc.want {
 			down[f] = sc.spec.down(f)
 		}
 	}
 	return sc.b.guard.arm(will{Scope: sc.name, NetNS: nsPath(sc.s.NS.FD()), Variant: variant, Down: down})
+}
+
+// closedWhenDownLocked reports whether the scope refuses while no agent lives.
+func (sc *scope) closedWhenDownLocked() bool {
+	return sc.s.Mode == authz.Enforce && sc.s.OnAgentDown != capture.DownOpen
 }
 
 func (sc *scope) closeLocked(ctx context.Context, detach bool) error {
