@@ -237,3 +237,19 @@ func BenchmarkRead(b *testing.B) {
 		}
 	}
 }
+
+func TestLongExecutablePath(t *testing.T) {
+	root := t.TempDir()
+	dir := filepath.Join(root, strings.Repeat("d", 200), strings.Repeat("e", 200))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, strings.Repeat("x", 250))
+	if err := os.WriteFile(path, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fake(t, root, 7, "100", path)
+	if img, err := New(root).Read(7); err != nil || img.Exe.Path != path {
+		t.Errorf("path %q (%v)", img.Exe.Path, err)
+	}
+}

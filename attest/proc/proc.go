@@ -203,13 +203,17 @@ func namespace(dir int, path string) (uint64, error) {
 	return strconv.ParseUint(num, 10, 64)
 }
 
+// readlink reads a link of any length; nearly all are short.
 func readlink(dir int, path string) (string, error) {
-	buf := make([]byte, 4096+len(" (deleted)"))
-	n, err := unix.Readlinkat(dir, path, buf)
-	if err != nil {
-		return "", err
+	for buf := make([]byte, 256); ; buf = make([]byte, 4*len(buf)) {
+		n, err := unix.Readlinkat(dir, path, buf)
+		if err != nil {
+			return "", err
+		}
+		if n < len(buf) {
+			return string(buf[:n]), nil
+		}
 	}
-	return string(buf[:n]), nil
 }
 
 // OpenExe opens the executed file itself, whatever its path names by now.
