@@ -30,16 +30,21 @@ type Handle struct {
 	// mu held for reading means file is open.
 	mu   sync.RWMutex
 	file *os.File // nil once closed
+	fd   int      // file's descriptor
 }
 
 // Open opens the network namespace at path, such as /run/netns/web or
 // /proc/1234/ns/net. A path that is no network namespace is an error.
 func Open(path string) (*Handle, error) {
+	// Before any thread of ours can be in another one.
+	if _, err := homeNamespace(); err != nil {
+		return nil, err
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("open network namespace: %w", err)
 	}
-	h := &Handle{path: path, file: f}
+	h := &Handle{path: path, file: f, fd: int(f.Fd())}
 	if err := h.inspect(); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("network namespace %s: %w", path, err)
@@ -53,22 +58,35 @@ func OfPID(pid int) (*Handle, error) {
 }
 
 // Self opens the namespace this process was started in.
-func Self() (*Handle, error) { return OfPID(os.Getpid()) }
+func Self() (*Handle, error) {
+	home, err := homeNamespace()
+	if err != nil {
+		return nil, err
+	}
+	// Not /proc/self/ns/net: that is where the main thread is, which Do may have sent away.
+	h, err := Open("/proc/self/fd/" + strconv.Itoa(home))
+	if err == nil {
+		h.path = "/proc/self/ns/net"
+	}
+	return h, err
+}
 
 func (h *Handle) inspect() error {
 	// NS_GET_NSTYPE tells a namespace from any other file, and its kind.
-	kind, err := unix.IoctlRetInt(int(h.file.Fd()), unix.NS_GET_NSTYPE)
+	kind, err := unix.IoctlRetInt(h.fd, unix.NS_GET_NSTYPE)
 	if err != nil || kind != unix.CLONE_NEWNET {
 		return errors.New("not a network namespace (nothing mounted there, or another kind)")
 	}
-	var st, home unix.Stat_t
-	if err := unix.Fstat(int(h.file.Fd()), &st); err != nil {
+	home, err := homeNamespace()
+	if err != nil {
+		return err
+	}
+	var st, own unix.Stat_t
+	if err := errors.Join(unix.Fstat(h.fd, &st), unix.Fstat(home, &own)); err != nil {
 		return err
 	}
 	h.dev, h.ino = st.Dev, st.Ino
-	if err := unix.Stat("/proc/self/ns/net", &home); err == nil {
-		h.own = home.Dev == st.Dev && home.Ino == st.Ino
-	}
+	h.own = own.Dev == st.Dev && own.Ino == st.Ino
 	fd, err := h.Socket(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
 	if err != nil {
 		return err
@@ -102,7 +120,7 @@ func (h *Handle) FD() int {
 	if h.file == nil {
 		return -1
 	}
-	return int(h.file.Fd())
+	return h.fd
 }
 
 // Close lets go of the namespace. It may be called twice.
@@ -133,20 +151,19 @@ func (h *Handle) Do(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		home, err := os.Open("/proc/thread-self/ns/net")
+		home, err := homeNamespace()
 		if err != nil {
 			runtime.UnlockOSThread()
-			done <- fmt.Errorf("open own network namespace: %w", err)
+			done <- err
 			return
 		}
-		defer home.Close()
-		if err := unix.Setns(int(h.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		if err := unix.Setns(h.fd, unix.CLONE_NEWNET); err != nil {
 			runtime.UnlockOSThread()
 			done <- fmt.Errorf("enter network namespace %s: %w", h.path, err)
 			return
 		}
 		err = guarded(fn)
-		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+		if unix.Setns(home, unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		}
 		// Otherwise the goroutine ends while still locked, and the runtime ends the thread with it.

@@ -2,48 +2,25 @@ package netns_test
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"testing"
 
-	vnetns "github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"ringfence.dev/cni/netns"
+	"ringfence.dev/test/nettest"
 )
 
-// scratch makes an unnamed namespace and returns a path by which it can be opened.
-func scratch(t *testing.T) *netns.Handle {
+// scratch makes a namespace and opens it.
+func scratch(t testing.TB) *netns.Handle {
 	t.Helper()
-	if os.Getuid() != 0 {
-		if os.Getenv("RINGFENCE_ROOT_TESTS") == "1" {
-			t.Fatal("needs root")
-		}
-		t.Skip("needs root: network namespaces cannot be made without CAP_SYS_ADMIN")
-	}
-	made := make(chan *netns.Handle)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		ns, err := vnetns.New()
-		if err != nil {
-			t.Error(err)
-			made <- nil
-			return
-		}
-		defer ns.Close()
-		h, err := netns.Open(fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid()))
-		if err != nil {
-			t.Error(err)
-		}
-		made <- h
-	}()
-	h := <-made
-	if h == nil {
-		t.FailNow()
+	nettest.RequireRoot(t)
+	h, err := netns.Open(nettest.NetNS(t, "netns").Path)
+	if err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(func() { h.Close() })
 	return h
@@ -145,17 +122,30 @@ func TestConcurrentUseAndClose(t *testing.T) {
 }
 
 func BenchmarkSocket(b *testing.B) {
-	self, err := netns.Self()
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer self.Close()
-	b.ReportAllocs()
-	for b.Loop() {
-		fd, err := self.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
-		if err != nil {
-			b.Fatal(err)
-		}
-		unix.Close(fd)
+	for _, bench := range []struct {
+		name string
+		open func(testing.TB) *netns.Handle
+	}{
+		{"own", func(t testing.TB) *netns.Handle {
+			h, err := netns.Self()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return h
+		}},
+		{"foreign", scratch},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			h := bench.open(b)
+			defer h.Close()
+			b.ReportAllocs()
+			for b.Loop() {
+				fd, err := h.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+				if err != nil {
+					b.Fatal(err)
+				}
+				unix.Close(fd)
+			}
+		})
 	}
 }
