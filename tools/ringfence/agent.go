@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,7 +21,9 @@ func agentCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if guard {
-				return agent.Guard(cmd.Context(), slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil)))
+				// A service manager signals the whole cgroup when the agent dies: that is
+				// when the guard has work to do, so it ends by its connection alone.
+				return agent.Guard(context.WithoutCancel(cmd.Context()), slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil)))
 			}
 			s, err := loadSettings(path, cmd.Flags().Changed("config"))
 			if err != nil {
