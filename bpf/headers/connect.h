@@ -238,12 +238,12 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, int v6)
 	if (st)
 		st->kind = RF_SOCK_PLAIN;
 
-	if (s->mode == RF_WATCH) {
+	why = untouchable(s, sk, &n, st, netns);
+	if (s->mode == RF_WATCH && why == RF_CAPTURED) {
 		count(RF_WATCHED);
 		tell(netns, RF_EV_CONNECTED, RF_WATCHED, &n, src, sport, 0);
 		return PASS;
 	}
-	why = untouchable(s, sk, &n, st, netns);
 	if (why != RF_CAPTURED) {
 		count(why);
 		if (why != RF_GROUP_ADDRESS)

@@ -80,7 +80,7 @@ struct {
 
 /* Key: {netns, port, who found it}. Value: how many listeners. Entries of the kernel side are counted by
  * rf_flows and never deleted by it, since a listener may come while another goes; the agent reclaims
- * those at zero. Full: rf_overflow is raised and every port counts as listening. */
+ * those at zero. Full: rf_overflow is raised, by whoever finds no room, and every port counts as listening. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
@@ -89,7 +89,8 @@ struct {
 	__type(value, __u32);
 } rf_ports SEC(".maps");
 
-/* One entry: not zero once rf_ports was full. Written by rf_flows, cleared by the agent after reclaiming. */
+/* One entry: not zero once rf_ports was full. Written by rf_flows and the agent, cleared by the agent when
+ * all listening ports have found room. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -157,10 +158,11 @@ static __always_inline struct agent *the_agent(void)
 	return bpf_map_lookup_elem(&rf_agent, &zero);
 }
 
-/* A stopped agent keeps its listeners: only the heartbeat tells. */
+/* A stopped agent keeps its listeners: only the heartbeat tells. Signed, because the clock of this helper may
+ * be a moment behind the agent's while the kernel adjusts time. */
 static __always_inline int beating(const struct agent *a)
 {
-	return bpf_ktime_get_ns() - a->heartbeat < a->limit;
+	return (__s64)(bpf_ktime_get_ns() - a->heartbeat) < (__s64)a->limit;
 }
 
 #endif

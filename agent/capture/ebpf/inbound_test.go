@@ -152,3 +152,26 @@ func TestExemptionEndsWithDial(t *testing.T) {
 	}
 	nettest.Wait(t, "the exemption to go", func() bool { return w.entries("rf_exempt") == 0 })
 }
+
+// A port table without room counts every port as listening, rather than letting one past the agent.
+func TestPortTableFull(t *testing.T) {
+	w := newWorld(t, authz.Enforce, nil)
+	w.stopRun()
+	if err := w.b().Close(true); err != nil {
+		t.Fatal(err)
+	}
+	w.conf.Sizes["rf_ports"] = 2
+	listen(t, w.host, appDir, "0.0.0.0:8081")
+	w.open()
+	for _, port := range []string{"8082", "8083", "8084"} {
+		listen(t, w.host, appDir, "0.0.0.0:"+port)
+	}
+	for _, port := range []string{"8081", "8082", "8083", "8084"} {
+		if got, _, err := w.call("192.0.2.1:" + port); got != "agent+app" {
+			t.Errorf("port %s: %q, %v", port, got, err)
+		}
+	}
+	if w.counter(bpf.PortsFull) == 0 {
+		t.Error("the full table was not counted")
+	}
+}

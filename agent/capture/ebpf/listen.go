@@ -51,7 +51,8 @@ func listeningPorts() (map[uint16]bool, error) {
 
 // seed enters the ports that were listened on before the kernel side counted,
 // and drops seeds whose listener has gone. It never touches what the kernel
-// side counts, so a port that is opened meanwhile is not lost.
+// side counts, so a port that is opened meanwhile is not lost. Ports that find
+// no room make every port count as listening, until reclaim has made some.
 func (b *Backend) seed(s *scope) error {
 	var ports map[uint16]bool
 	err := s.def.NS.Do(func() (err error) {
@@ -65,7 +66,12 @@ func (b *Backend) seed(s *scope) error {
 		if isOwnPort(p) {
 			continue
 		}
-		if err := b.inst.Maps.RfPorts.Put(bpf.PortKey{Netns: s.cookie, Port: p, Seeded: 1}, uint32(1)); err != nil {
+		err := b.inst.Maps.RfPorts.Put(bpf.PortKey{Netns: s.cookie, Port: p, Seeded: 1}, uint32(1))
+		if errors.Is(err, unix.E2BIG) {
+			b.log.Warn("port table is full; every port counts as listening", "scope", s.name)
+			err = b.inst.Maps.RfOverflow.Put(uint32(0), uint32(1))
+		}
+		if err != nil {
 			return fmt.Errorf("enter listening port %d: %w", p, err)
 		}
 	}
@@ -109,14 +115,13 @@ func (b *Backend) reclaimPort(k bpf.PortKey) error {
 	return b.inst.Maps.RfPorts.Put(k, n)
 }
 
-// clearOverflow ends the state in which every port counts as listening: the
-// ports that could not be counted are seeded now that there is room.
+// clearOverflow ends the state in which every port counts as listening: lowered
+// first, then every scope is seeded, and a port that finds no room raises it again.
 func (b *Backend) clearOverflow() error {
 	var full uint32
 	if err := b.inst.Maps.RfOverflow.Lookup(uint32(0), &full); err != nil || full == 0 {
 		return err
 	}
-	// First lowered, then seeded: a port that finds no room in between raises it again.
 	if err := b.inst.Maps.RfOverflow.Put(uint32(0), uint32(0)); err != nil {
 		return err
 	}

@@ -39,6 +39,10 @@ func TestWatchChangesNothing(t *testing.T) {
 		w.run(j).want(t, "")
 	}
 	e := w.event(capture.Connected, func(e capture.Event) bool { return e.Flow.Source.Port() == 700 })
+	if !e.Bypassing {
+		t.Error("a privileged source port is not shown as one that would be left alone")
+	}
+	e = w.event(capture.Connected, func(e capture.Event) bool { return !e.Bypassing })
 	if e.Flow.Destination.String() != "192.0.2.2:80" || e.Flow.Caller.PID == 0 || e.Flow.Caller.Source != workload.SourceHook || e.Protocol != 6 {
 		t.Errorf("event %+v", e)
 	}

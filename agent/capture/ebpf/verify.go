@@ -107,6 +107,16 @@ func (b *Backend) Tables() []capture.Table {
 	return out
 }
 
+// Counters tells how often the programs did what, by reason, since the tables were made.
+func (b *Backend) Counters() (map[string]uint64, error) {
+	all, err := b.inst.Counters()
+	out := make(map[string]uint64, len(all))
+	for reason, n := range all {
+		out[reason.String()] = n
+	}
+	return out, err
+}
+
 func fillOf[K comparable](m *ebpf.Map) int {
 	keys, err := keysOf[K](m)
 	if err != nil {
