@@ -96,6 +96,13 @@ type captureNote struct {
 	Bound  [4]uint32
 }
 
+type capturePort struct {
+	_         structs.HostLayout
+	Listeners uint32
+	Pad       uint32
+	Cgroup    uint64
+}
+
 type capturePortKey struct {
 	_      structs.HostLayout
 	Netns  uint64

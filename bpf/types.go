@@ -18,6 +18,7 @@ type (
 	SockState   = captureSockState
 	Exemption   = captureExemption
 	PortKey     = capturePortKey
+	PortOwner   = capturePort
 	CgroupKey   = captureCgroupKey
 	ListenerKey = captureListenerKey
 	RouteKey    = captureRouteKey
@@ -25,6 +26,9 @@ type (
 	DenyKey     = captureDenyKey
 	Event       = captureEvent
 )
+
+// Mixed is the cgroup of a [PortOwner] when there is more than one.
+const Mixed = ^uint64(0)
 
 // Modes of a [Scope].
 const (

@@ -23,7 +23,7 @@ func TestRecordsMatchBTF(t *testing.T) {
 	}
 	for name, record := range map[string]any{
 		"scope": Scope{}, "agent": Agent{}, "conn_key": ConnKey{}, "note": Note{}, "sock_state": SockState{},
-		"exemption": Exemption{}, "port_key": PortKey{}, "cgroup_key": CgroupKey{}, "listener_key": ListenerKey{},
+		"exemption": Exemption{}, "port_key": PortKey{}, "port": PortOwner{}, "cgroup_key": CgroupKey{}, "listener_key": ListenerKey{},
 		"route_key": RouteKey{}, "route": Route{}, "deny_key": DenyKey{}, "event": Event{},
 	} {
 		var c *btf.Struct

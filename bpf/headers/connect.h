@@ -69,14 +69,6 @@ static __always_inline int agent_listens(void *ctx, const struct agent *a, int v
 	return listening;
 }
 
-static __always_inline int is_excepted(__u64 netns, __u64 cgroup)
-{
-	struct cgroup_key key = { .netns = netns, .cgroup = cgroup };
-	__u32 *covered = bpf_map_lookup_elem(&rf_cgroups, &key);
-
-	return covered && !*covered;
-}
-
 /* Both the maker of the socket and its user must be excepted, so that neither joining an excepted cgroup
  * nor handing a socket around gets out of the scope. */
 static __always_inline int is_left_out(__u64 netns, const struct scope *s, const struct note *n,

@@ -114,6 +114,8 @@ static __always_inline void on_accept(struct bpf_sock_ops *ops, struct bpf_sock 
 
 	if (s->mode != RF_WATCH && local && !(s->flags & RF_LOOP_ENFORCE))
 		return;
+	if (s->mode != RF_WATCH && !is_covered(key.netns, s, ops->local_port))
+		return;
 	if (s->mode != RF_WATCH)
 		count(RF_UNSTEERED);
 	e = new_event(key.netns, RF_EV_ACCEPTED, s->mode == RF_WATCH ? RF_WATCHED : RF_UNSTEERED);
@@ -146,24 +148,37 @@ static __always_inline void overflow(void)
 	bpf_map_update_elem(&rf_overflow, &zero, &one, BPF_ANY);
 }
 
+/* Whose the port is. Counted before it is read, so that of two listeners who come at once one sees the other. */
+static __always_inline void note_owner(struct port *p, __u64 cgroup)
+{
+	if (p->listeners <= 1)
+		p->cgroup = cgroup;
+	else if (p->cgroup != cgroup)
+		p->cgroup = RF_MIXED;
+}
+
 /* A count, not a flag, since several sockets may listen on one port; and no deletion at zero, since the next
  * listener may be counted at this moment. */
 static __always_inline void on_listen(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 {
 	struct port_key key = { .netns = bpf_get_netns_cookie(ops), .port = ops->local_port };
-	__u32 zero = 0, *n;
+	struct sock_state *st;
+	struct port fresh = {}, *p;
 
 	if (!scope_of(key.netns) || is_own_port(key.port) || is_kernel_socket(sk))
 		return;
-	n = bpf_map_lookup_elem(&rf_ports, &key);
-	if (!n) {
-		bpf_map_update_elem(&rf_ports, &key, &zero, BPF_NOEXIST);
-		n = bpf_map_lookup_elem(&rf_ports, &key);
+	st = bpf_sk_storage_get(&rf_socks, sk, 0, 0);
+	p = bpf_map_lookup_elem(&rf_ports, &key);
+	if (!p) {
+		bpf_map_update_elem(&rf_ports, &key, &fresh, BPF_NOEXIST);
+		p = bpf_map_lookup_elem(&rf_ports, &key);
 	}
-	if (n)
-		__sync_fetch_and_add(n, 1);
-	else
+	if (p) {
+		__sync_fetch_and_add(&p->listeners, 1);
+		note_owner(p, st ? st->creator : 0);
+	} else {
 		overflow();
+	}
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	port_event(ops, key.netns, RF_EV_LISTENING);
 }
@@ -171,10 +186,10 @@ static __always_inline void on_listen(struct bpf_sock_ops *ops, struct bpf_sock 
 static __always_inline void on_unlisten(struct bpf_sock_ops *ops)
 {
 	struct port_key key = { .netns = bpf_get_netns_cookie(ops), .port = ops->local_port };
-	__u32 *n = bpf_map_lookup_elem(&rf_ports, &key);
+	struct port *p = bpf_map_lookup_elem(&rf_ports, &key);
 
-	if (n && *n)
-		__sync_fetch_and_add(n, -1);
+	if (p && p->listeners)
+		__sync_fetch_and_add(&p->listeners, -1);
 	if (scope_of(key.netns))
 		port_event(ops, key.netns, RF_EV_CLOSED);
 }

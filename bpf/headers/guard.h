@@ -31,18 +31,18 @@ static __always_inline int on_create(struct bpf_sock *ctx)
 	struct note n = {};
 	struct event *e;
 
-	if (!s || !a || s->mode == RF_WATCH || bpf_get_current_cgroup_id() == a->cgroup)
+	if (!s || !a || bpf_get_current_cgroup_id() == a->cgroup)
+		return 1;
+	/* In watch too: a listener outlives a change of mode. */
+	if ((s->flags & RF_HOST) && ctx->type == SOCK_STREAM) {
+		st = bpf_sk_storage_get(&rf_socks, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (st)
+			st->creator = bpf_get_current_cgroup_id();
+	}
+	if (is_seen(ctx->type, ctx->protocol) || s->mode != RF_ENFORCE)
 		return 1;
 	if ((s->flags & RF_HOST) && is_excepted(netns, bpf_get_current_cgroup_id()))
 		return 1;
-	if (is_seen(ctx->type, ctx->protocol) || s->mode != RF_ENFORCE) {
-		if ((s->flags & RF_HOST) && ctx->type == SOCK_STREAM) {
-			st = bpf_sk_storage_get(&rf_socks, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
-			if (st)
-				st->creator = bpf_get_current_cgroup_id();
-		}
-		return 1;
-	}
 	count(RF_PROTOCOL);
 	note_caller(&n);
 	e = new_event(netns, RF_EV_BYPASS, RF_PROTOCOL);

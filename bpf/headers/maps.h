@@ -78,7 +78,7 @@ struct {
 	__type(value, __u32);
 } rf_own SEC(".maps");
 
-/* Key: {netns, port, who found it}. Value: how many listeners. Entries of the kernel side are counted by
+/* Key: {netns, port, who found it}. Value: how many listeners, and whose. Entries of the kernel side are counted by
  * rf_flows and never deleted by it, since a listener may come while another goes; the agent reclaims
  * those at zero. Full: rf_overflow is raised, by whoever finds no room, and every port counts as listening. */
 struct {
@@ -86,7 +86,7 @@ struct {
 	__uint(max_entries, 16384);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct port_key);
-	__type(value, __u32);
+	__type(value, struct port);
 } rf_ports SEC(".maps");
 
 /* One entry: not zero once rf_ports was full. Written by rf_flows and the agent, cleared by the agent when
@@ -149,6 +149,36 @@ static __always_inline void count(__u32 reason)
 static __always_inline struct scope *scope_of(__u64 netns)
 {
 	return bpf_map_lookup_elem(&rf_scopes, &netns);
+}
+
+static __always_inline int is_excepted(__u64 netns, __u64 cgroup)
+{
+	struct cgroup_key key = { .netns = netns, .cgroup = cgroup };
+	__u32 *covered = bpf_map_lookup_elem(&rf_cgroups, &key);
+
+	return covered && !*covered;
+}
+
+/* Whether somebody listens whom the scope covers. A port shared by several cgroups, or by an unknown one, counts as covered. */
+static __always_inline int is_covered_port(__u64 netns, const struct scope *s, const struct port *p)
+{
+	if (!p || !p->listeners)
+		return 0;
+	return !(s->flags & RF_HOST) || !p->cgroup || p->cgroup == RF_MIXED || !is_excepted(netns, p->cgroup);
+}
+
+static __always_inline int is_covered(__u64 netns, const struct scope *s, __u32 port)
+{
+	struct port_key key = { .netns = netns, .port = port };
+	__u32 zero = 0, *full;
+
+	if (is_covered_port(netns, s, bpf_map_lookup_elem(&rf_ports, &key)))
+		return 1;
+	key.seeded = 1;
+	if (is_covered_port(netns, s, bpf_map_lookup_elem(&rf_ports, &key)))
+		return 1;
+	full = bpf_map_lookup_elem(&rf_overflow, &zero);
+	return full && *full;
 }
 
 static __always_inline struct agent *the_agent(void)

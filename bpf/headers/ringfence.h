@@ -104,6 +104,14 @@ struct port_key {
 	__u32 pad;
 };
 
+#define RF_MIXED (~0ULL)
+
+struct port {
+	__u32 listeners;
+	__u32 pad;
+	__u64 cgroup; /* that made them; zero when unknown, RF_MIXED for more than one */
+};
+
 struct cgroup_key {
 	__u64 netns;
 	__u64 cgroup;

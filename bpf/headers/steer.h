@@ -39,20 +39,6 @@ static __always_inline int from_here(const struct lookup *l)
 	return r && r->kind == RF_ROUTE_LOCAL;
 }
 
-static __always_inline int someone_listens(__u32 port)
-{
-	struct port_key key = { .netns = rf_netns, .port = port };
-	__u32 zero = 0, *n = bpf_map_lookup_elem(&rf_ports, &key);
-
-	if (n && *n)
-		return 1;
-	key.seeded = 1;
-	if (bpf_map_lookup_elem(&rf_ports, &key))
-		return 1;
-	n = bpf_map_lookup_elem(&rf_overflow, &zero);
-	return n && *n;
-}
-
 /* Hands the connection to the agent. An enforcing scope refuses it when that fails: the client gets a RST. */
 static __always_inline int hand_over(struct bpf_sk_lookup *ctx, const struct scope *s)
 {
@@ -99,7 +85,7 @@ static __always_inline int on_lookup(struct bpf_sk_lookup *ctx)
 		if (!(s->flags & RF_LOOP_ENFORCE))
 			return SK_PASS;
 	}
-	if (!someone_listens(l.port))
+	if (!is_covered(netns, s, l.port))
 		return SK_PASS;
 	return hand_over(ctx, s);
 }

@@ -175,3 +175,30 @@ func TestPortTableFull(t *testing.T) {
 		t.Error("the full table was not counted")
 	}
 }
+
+// A server of an excepted cgroup is left alone inbound as well, known by hook or by seed; one port shared with a covered cgroup is not.
+func TestExceptedServerIsNotSteered(t *testing.T) {
+	w := newWorld(t, authz.Enforce, func(s *capture.Scope) { s.Host = true })
+	w.stopRun()
+	if err := w.b().Close(true); err != nil {
+		t.Fatal(err)
+	}
+	for addr, cgroup := range map[string]string{"0.0.0.0:8081": otherDir, "192.0.2.1:8082": otherDir, "127.0.0.1:8082": appDir} {
+		listen(t, w.host, cgroup, addr)
+	}
+	w.open()
+	if err := w.b().SetCgroups("s", []capture.Cgroup{{ID: cgroupID(t, otherDir)}}); err != nil {
+		t.Fatal(err)
+	}
+	for addr, cgroup := range map[string]string{"0.0.0.0:8083": otherDir, "192.0.2.1:8084": otherDir, "127.0.0.1:8084": appDir, "0.0.0.0:8085": appDir} {
+		listen(t, w.host, cgroup, addr)
+	}
+	for port, want := range map[string]string{"8081": "app", "8082": "agent+app", "8083": "app", "8084": "agent+app", "8085": "agent+app"} {
+		if got, _, err := w.call("192.0.2.1:" + port); got != want {
+			t.Errorf("port %s: %q, %v; want %q", port, got, err, want)
+		}
+	}
+	if n := w.counter(bpf.Unsteered); n != 0 {
+		t.Errorf("%d connections came unsteered", n)
+	}
+}

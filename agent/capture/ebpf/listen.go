@@ -26,9 +26,16 @@ func (r diagRequest) Serialize() []byte {
 	return b
 }
 
-// listeningPorts reads the TCP ports that are listened on in the current thread's namespace.
-func listeningPorts() (map[uint16]bool, error) {
-	out := map[uint16]bool{}
+// Positions in struct inet_diag_msg and the attribute after it, linux/inet_diag.h.
+const (
+	diagSize     = 72
+	diagCgroupID = 21 // INET_DIAG_CGROUP_ID, Linux 5.9
+)
+
+// listeningPorts reads the TCP ports that are listened on in the current
+// thread's namespace, with the cgroup that their sockets were made in.
+func listeningPorts() (map[uint16]bpf.PortOwner, error) {
+	out := map[uint16]bpf.PortOwner{}
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 		req.AddData(diagRequest{family})
@@ -40,13 +47,35 @@ func listeningPorts() (map[uint16]bool, error) {
 			return nil, fmt.Errorf("list listening sockets: %w", err)
 		}
 		for _, m := range msgs {
-			// struct inet_diag_msg: family, state, timer, retrans, then the id with the source port first.
-			if len(m) >= 6 && m[1] == tcpListen {
-				out[binary.BigEndian.Uint16(m[4:])] = true
+			if len(m) >= diagSize && m[1] == tcpListen {
+				port := binary.BigEndian.Uint16(m[4:]) // family, state, timer, retrans, then the id
+				out[port] = withListener(out[port], diagCgroup(m[diagSize:]))
 			}
 		}
 	}
 	return out, nil
+}
+
+// withListener adds one socket to what is known of a port.
+func withListener(p bpf.PortOwner, cgroup uint64) bpf.PortOwner {
+	if p.Listeners > 0 && p.Cgroup != cgroup {
+		cgroup = bpf.Mixed
+	}
+	return bpf.PortOwner{Listeners: p.Listeners + 1, Cgroup: cgroup}
+}
+
+// diagCgroup finds the socket's cgroup among the attributes; zero when the kernel does not tell.
+func diagCgroup(attributes []byte) uint64 {
+	list, err := nl.ParseRouteAttr(attributes)
+	if err != nil {
+		return 0
+	}
+	for _, a := range list {
+		if a.Attr.Type == diagCgroupID && len(a.Value) >= 8 {
+			return binary.NativeEndian.Uint64(a.Value)
+		}
+	}
+	return 0
 }
 
 // seed enters the ports that were listened on before the kernel side counted,
@@ -54,7 +83,7 @@ func listeningPorts() (map[uint16]bool, error) {
 // side counts, so a port that is opened meanwhile is not lost. Ports that find
 // no room make every port count as listening, until reclaim has made some.
 func (b *Backend) seed(s *scope) error {
-	var ports map[uint16]bool
+	var ports map[uint16]bpf.PortOwner
 	err := s.def.NS.Do(func() (err error) {
 		ports, err = listeningPorts()
 		return err
@@ -62,11 +91,11 @@ func (b *Backend) seed(s *scope) error {
 	if err != nil {
 		return err
 	}
-	for p := range ports {
+	for p, owner := range ports {
 		if isOwnPort(p) {
 			continue
 		}
-		err := b.inst.Maps.RfPorts.Put(bpf.PortKey{Netns: s.cookie, Port: p, Seeded: 1}, uint32(1))
+		err := b.inst.Maps.RfPorts.Put(bpf.PortKey{Netns: s.cookie, Port: p, Seeded: 1}, &owner)
 		if errors.Is(err, unix.E2BIG) {
 			b.log.Warn("port table is full; every port counts as listening", "scope", s.name)
 			err = b.inst.Maps.RfOverflow.Put(uint32(0), uint32(1))
@@ -76,7 +105,7 @@ func (b *Backend) seed(s *scope) error {
 		}
 	}
 	return sweepTable(b.inst.Maps.RfPorts, func(k bpf.PortKey) bool {
-		return k.Netns == s.cookie && k.Seeded == 1 && !ports[k.Port]
+		return k.Netns == s.cookie && k.Seeded == 1 && ports[k.Port].Listeners == 0
 	})
 }
 
@@ -105,14 +134,14 @@ func (b *Backend) reclaim() error {
 
 // reclaimPort deletes an entry at zero. A listener that was counted between the two steps is put back.
 func (b *Backend) reclaimPort(k bpf.PortKey) error {
-	var n uint32
-	if err := b.inst.Maps.RfPorts.Lookup(k, &n); err != nil || n != 0 {
+	var p bpf.PortOwner
+	if err := b.inst.Maps.RfPorts.Lookup(k, &p); err != nil || p.Listeners != 0 {
 		return ignoreMissing(err)
 	}
-	if err := b.inst.Maps.RfPorts.LookupAndDelete(k, &n); err != nil || n == 0 {
+	if err := b.inst.Maps.RfPorts.LookupAndDelete(k, &p); err != nil || p.Listeners == 0 {
 		return ignoreMissing(err)
 	}
-	return b.inst.Maps.RfPorts.Put(k, n)
+	return b.inst.Maps.RfPorts.Put(k, &p)
 }
 
 // clearOverflow ends the state in which every port counts as listening: lowered

@@ -47,24 +47,25 @@ func TestReclaim(t *testing.T) {
 	seeded := bpf.PortKey{Netns: ns.Cookie(), Port: uint16(l.Addr().(*net.TCPAddr).Port), Seeded: 1}
 	idle := bpf.PortKey{Netns: ns.Cookie(), Port: 1}
 	busy := bpf.PortKey{Netns: ns.Cookie(), Port: 2}
-	must(t, ports.Put(idle, uint32(0)))
-	must(t, ports.Put(busy, uint32(1)))
+	must(t, ports.Put(idle, &bpf.PortOwner{}))
+	must(t, ports.Put(busy, &bpf.PortOwner{Listeners: 1}))
 	must(t, b.inst.Maps.RfOverflow.Put(uint32(0), uint32(1)))
+	var p bpf.PortOwner
 	var n uint32
-	must(t, ports.Lookup(seeded, &n))
+	must(t, ports.Lookup(seeded, &p))
 	must(t, b.reclaim())
-	if ports.Lookup(idle, &n) == nil {
+	if ports.Lookup(idle, &p) == nil {
 		t.Error("a port without listeners keeps its entry")
 	}
-	must(t, ports.Lookup(busy, &n))
-	must(t, ports.Lookup(seeded, &n))
+	must(t, ports.Lookup(busy, &p))
+	must(t, ports.Lookup(seeded, &p))
 	must(t, b.inst.Maps.RfOverflow.Lookup(uint32(0), &n))
 	if n != 0 {
 		t.Error("every port still counts as listening")
 	}
 	l.Close()
 	must(t, b.reclaim())
-	if ports.Lookup(seeded, &n) == nil {
+	if ports.Lookup(seeded, &p) == nil {
 		t.Error("a seed outlived its listener")
 	}
 }
