@@ -72,8 +72,15 @@ func canRace() bool {
 	return err == nil && (runtime.GOARCH == "amd64" || runtime.GOARCH == "arm64")
 }
 
+// BinaryEnv names, if set, a ready command to test in place of one built here,
+// such as one from a package.
+const BinaryEnv = "RINGFENCE_TEST_BINARY"
+
 func (c *command) get(t testing.TB, name, cgo string, flags ...string) string {
 	t.Helper()
+	if ready := os.Getenv(BinaryEnv); ready != "" {
+		return ready
+	}
 	c.once.Do(func() {
 		c.path = filepath.Join(built, name)
 		args := append(append([]string{"build"}, flags...), "-o", c.path, "ringfence.dev/tools/ringfence")
