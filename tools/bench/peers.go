@@ -144,6 +144,8 @@ const nginxFar = `upstream origin { server 192.0.2.2:80; keepalive 512; keepaliv
         ssl_client_certificate ca.pem; ssl_verify_client on;
         location / {
             proxy_pass http://origin;
+            # Said again, because one header set here drops those that are inherited.
+            proxy_set_header Connection "";
             proxy_set_header X-Forwarded-Client-Cert "Subject=\"$ssl_client_s_dn\"";
         }
     }`

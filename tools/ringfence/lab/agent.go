@@ -27,7 +27,7 @@ const (
 	stopWithin = 8 * time.Second
 	drain      = "2s"
 	// lastLines is how much of an agent's log an error quotes.
-	lastLines = 15
+	lastLines = 40
 )
 
 // AgentConfig is the part of an agent's settings that a lab sets.
