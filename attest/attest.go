@@ -23,6 +23,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -60,10 +61,14 @@ type Config struct {
 	// services as if systemd had started them. Only root may be able to make
 	// cgroups there. None by default.
 	UnitRoots []string
-	// ExecID, if given, tells a process's current exec id from the kernel. With
-	// it an execve between connect and attestation is noticed; without it, the
-	// image that is found is taken for the one that connected.
-	ExecID func(pid uint32) (uint64, error)
+	// ExecID, if given, tells a process's exec id after its latest execve, or zero
+	// where none was seen. With it an execve between connect and attestation is
+	// noticed; without it, the image that is found is taken for the one that connected.
+	ExecID func(workload.Process) (uint64, error)
+	// Listens, if given, counts how often a listening socket has come or gone in any
+	// namespace that Owner is asked about. With it, what was found out about an owner
+	// is believed for a second without looking again, as long as the count stays.
+	Listens func() uint64
 	// CacheSize bounds each of the caches; default 8192 images.
 	CacheSize int
 
@@ -84,7 +89,9 @@ type Attestor struct {
 	entries     []entry
 	needs       needs
 	executables Executables
-	execID      func(uint32) (uint64, error)
+	execID      func(workload.Process) (uint64, error)
+	listens     func() uint64
+	quietFor    time.Duration // quietAge; tests have more time
 	proc        *proc.FS
 	tree        *cgroup.Tree // nil on hosts without cgroup v2
 	named       bool         // systemd also keeps units in its own v1 hierarchy
@@ -168,7 +175,7 @@ func checked(cfg Config) (*Attestor, error) {
 	}
 	a := &Attestor{
 		trustDomain: cfg.TrustDomain, host: Escape(cfg.Host), entries: entries, needs: want,
-		executables: cfg.Executables, execID: cfg.ExecID,
+		executables: cfg.Executables, execID: cfg.ExecID, listens: cfg.Listens, quietFor: quietAge,
 		proc: proc.New(cfg.Proc), ownedTop: "/", self: uint32(os.Getpid()),
 		users:   &accounts{path: or(cfg.Passwd, "/etc/passwd")},
 		groups:  &accounts{path: or(cfg.Group, "/etc/group")},

@@ -139,7 +139,7 @@ func TestExecIDTellsImagesApart(t *testing.T) {
 	h.process(50, "/usr/bin/first", "0::/\n")
 	now, execErr := uint64(3), error(nil)
 	cfg := h.config()
-	cfg.ExecID = func(uint32) (uint64, error) { return now, execErr }
+	cfg.ExecID = func(workload.Process) (uint64, error) { return now, execErr }
 	a := h.attestor(cfg)
 	ev := hook(h, a, 50, "/", 0)
 	if got := segment(t, a, ev); got != "first" {

@@ -97,11 +97,11 @@ func (a *Attestor) sameExec(ev workload.Evidence) error {
 	if a.execID == nil || ev.ExecID == 0 {
 		return nil
 	}
-	now, err := a.execID(ev.PID)
+	now, err := a.execID(ev.Process)
 	if err != nil {
 		return fmt.Errorf("exec id: %w", err)
 	}
-	if now != ev.ExecID {
+	if now > ev.ExecID {
 		return fmt.Errorf("executed another program since it connected: %w", workload.ErrGone)
 	}
 	return nil
@@ -109,8 +109,8 @@ func (a *Attestor) sameExec(ev workload.Evidence) error {
 
 // confirm rejects what was collected from a process that changed meanwhile.
 func (a *Attestor) confirm(h *proc.Handle, f *finding) error {
-	if f.evidence.ExecID != 0 && a.execID != nil {
-		return a.sameExec(f.evidence)
+	if err := a.sameExec(f.evidence); err != nil {
+		return err
 	}
 	return h.Unchanged(&f.image.Image)
 }

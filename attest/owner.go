@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,11 @@ const (
 	// failureAge is how long a failure is repeated without looking again, so that
 	// a peer cannot make the node walk all descriptors at each connection.
 	failureAge = time.Second
+	// quietAge is how long an owner is believed without a look at the socket tables,
+	// while the count of listeners that came or went stays. What that count does not
+	// show: listeners that were there before it began, and the end of a holder
+	// whose socket somebody else keeps open.
+	quietAge = time.Second
 )
 
 type ownerKey struct {
@@ -37,6 +43,14 @@ type owner struct {
 	identity workload.Identity
 	err      error
 	until    time.Time
+	// When it was last looked at, and the count of listener changes just before;
+	// both as one value, since they are read together.
+	seen atomic.Pointer[sighting]
+}
+
+type sighting struct {
+	listens uint64
+	at      time.Time
 }
 
 // Owner names the workload that listens on addr in the namespace: on exactly
@@ -62,11 +76,17 @@ func (a *Attestor) Owner(ctx context.Context, ns *netns.Handle, addr netip.AddrP
 
 func (a *Attestor) owner(ctx context.Context, ns *netns.Handle, addr netip.AddrPort) (workload.Identity, error) {
 	key := ownerKey{ns.Inode(), addr}
+	o, known := a.owners.get(key)
+	if known && o.quiet(a) {
+		return o.identity, o.err
+	}
+	now := a.sighting()
 	sockets, err := a.listeners(ctx, ns, addr)
 	if err != nil {
 		return workload.Identity{}, err
 	}
-	if o, ok := a.owners.get(key); ok && o.stands(a, sockets) {
+	if known && o.stands(a, sockets) {
+		o.seen.Store(now)
 		return o.identity, o.err
 	}
 	select {
@@ -78,12 +98,27 @@ func (a *Attestor) owner(ctx context.Context, ns *netns.Handle, addr netip.AddrP
 	if o, ok := a.owners.get(key); ok && o.stands(a, sockets) { // found while we waited
 		return o.identity, o.err
 	}
-	o := a.find(ctx, sockets, addr)
+	o = a.find(ctx, sockets, addr)
+	o.seen.Store(now)
 	// What only came in between is not repeated to the next caller.
 	if ctx.Err() == nil && !errors.Is(o.err, workload.ErrGone) {
 		a.owners.put(key, o)
 	}
 	return o.identity, o.err
+}
+
+// sighting is made before looking, so that what changes meanwhile is seen the next time.
+func (a *Attestor) sighting() *sighting {
+	if a.listens == nil {
+		return nil
+	}
+	return &sighting{a.listens(), time.Now()}
+}
+
+// quiet reports whether nothing can have changed since the owner was looked at.
+func (o *owner) quiet(a *Attestor) bool {
+	s := o.seen.Load()
+	return s != nil && s.listens == a.listens() && time.Since(s.at) < a.quietFor && time.Now().Before(o.until)
 }
 
 // stands reports whether what was found still holds for these sockets.

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -306,4 +307,21 @@ func BenchmarkOwner(b *testing.B) {
 	}
 	run("cached", func() {})
 	run("cold", func() { a.Forget(l.net) })
+}
+
+// While the kernel's count of listener changes stays, nobody is asked again; the
+// moment it moves, what was known counts for nothing.
+func TestOwnerIsBelievedWhileListenersStay(t *testing.T) {
+	l := newLab(t)
+	prog := l.program("server")
+	var listens uint64
+	a := l.attestor(func(c *Config) { c.Listens = func() uint64 { return listens } })
+	a.quietFor = time.Hour
+	first := l.ready("one.service", prog, nil, "play:listen", "127.0.0.1:80")
+	l.wantOwner(a, "127.0.0.1:80", "one")
+	first.stop()
+	l.ready("two.service", prog, nil, "play:listen", "127.0.0.1:80")
+	l.wantOwner(a, "127.0.0.1:80", "one") // the count has not been told
+	listens++
+	l.wantOwner(a, "127.0.0.1:80", "two")
 }

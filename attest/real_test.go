@@ -55,7 +55,7 @@ func TestExecveAfterEvidence(t *testing.T) {
 		t.Errorf("weak evidence after execve: %s (%v)", after.ID, err)
 	}
 	// With exec ids the kernel tells that the evidence is of the first image.
-	strict := l.attestor(func(c *Config) { c.ExecID = func(uint32) (uint64, error) { return 2, nil } })
+	strict := l.attestor(func(c *Config) { c.ExecID = func(workload.Process) (uint64, error) { return 2, nil } })
 	ev.ExecID, ev.Source = 1, workload.SourceHook
 	if id, err := strict.Identify(context.Background(), ev); !errors.Is(err, workload.ErrGone) {
 		t.Errorf("strong evidence after execve: %s (%v)", id.ID, err)

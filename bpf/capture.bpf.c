@@ -95,6 +95,13 @@ int rf_flows(struct bpf_sock_ops *ctx)
 	return on_sockops(ctx);
 }
 
+SEC("raw_tp/sched_process_exec")
+int rf_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	on_exec((struct task_struct *)ctx->args[0]);
+	return 0;
+}
+
 SEC("sk_lookup")
 int rf_steer(struct bpf_sk_lookup *ctx)
 {

@@ -73,6 +73,13 @@ type captureExemption struct {
 	Pad2   uint32
 }
 
+type captureImageKey struct {
+	_     structs.HostLayout
+	Tgid  uint32
+	Pad   uint32
+	Start uint64
+}
+
 type captureListenerKey struct {
 	_      structs.HostLayout
 	Netns  uint64
@@ -94,6 +101,7 @@ type captureNote struct {
 	Device uint32
 	Pad    uint32
 	Bound  [4]uint32
+	Self   [4]uint32
 }
 
 type capturePort struct {
@@ -208,7 +216,6 @@ type captureSockState struct {
 	Kind    uint32
 	Pad     uint32
 	Creator uint64
-	Self    [4]uint32
 	Note    captureNote
 }
 
@@ -221,8 +228,10 @@ const (
 	captureMapRfCounters      = "rf_counters"
 	captureMapRfDenies        = "rf_denies"
 	captureMapRfEvents        = "rf_events"
+	captureMapRfExecs         = "rf_execs"
 	captureMapRfExempt        = "rf_exempt"
 	captureMapRfListeners     = "rf_listeners"
+	captureMapRfListens       = "rf_listens"
 	captureMapRfNotes         = "rf_notes"
 	captureMapRfOverflow      = "rf_overflow"
 	captureMapRfOwn           = "rf_own"
@@ -236,6 +245,7 @@ const (
 	captureProgRfBound6       = "rf_bound6"
 	captureProgRfConnect4     = "rf_connect4"
 	captureProgRfConnect6     = "rf_connect6"
+	captureProgRfExec         = "rf_exec"
 	captureProgRfFlows        = "rf_flows"
 	captureProgRfPeername4    = "rf_peername4"
 	captureProgRfPeername6    = "rf_peername6"
@@ -302,6 +312,7 @@ type captureProgramSpecs struct {
 	RfBound6     *ebpf.ProgramSpec `ebpf:"rf_bound6"`
 	RfConnect4   *ebpf.ProgramSpec `ebpf:"rf_connect4"`
 	RfConnect6   *ebpf.ProgramSpec `ebpf:"rf_connect6"`
+	RfExec       *ebpf.ProgramSpec `ebpf:"rf_exec"`
 	RfFlows      *ebpf.ProgramSpec `ebpf:"rf_flows"`
 	RfPeername4  *ebpf.ProgramSpec `ebpf:"rf_peername4"`
 	RfPeername6  *ebpf.ProgramSpec `ebpf:"rf_peername6"`
@@ -320,8 +331,10 @@ type captureMapSpecs struct {
 	RfCounters  *ebpf.MapSpec `ebpf:"rf_counters"`
 	RfDenies    *ebpf.MapSpec `ebpf:"rf_denies"`
 	RfEvents    *ebpf.MapSpec `ebpf:"rf_events"`
+	RfExecs     *ebpf.MapSpec `ebpf:"rf_execs"`
 	RfExempt    *ebpf.MapSpec `ebpf:"rf_exempt"`
 	RfListeners *ebpf.MapSpec `ebpf:"rf_listeners"`
+	RfListens   *ebpf.MapSpec `ebpf:"rf_listens"`
 	RfNotes     *ebpf.MapSpec `ebpf:"rf_notes"`
 	RfOverflow  *ebpf.MapSpec `ebpf:"rf_overflow"`
 	RfOwn       *ebpf.MapSpec `ebpf:"rf_own"`
@@ -371,8 +384,10 @@ type captureMaps struct {
 	RfCounters  *ebpf.Map `ebpf:"rf_counters"`
 	RfDenies    *ebpf.Map `ebpf:"rf_denies"`
 	RfEvents    *ebpf.Map `ebpf:"rf_events"`
+	RfExecs     *ebpf.Map `ebpf:"rf_execs"`
 	RfExempt    *ebpf.Map `ebpf:"rf_exempt"`
 	RfListeners *ebpf.Map `ebpf:"rf_listeners"`
+	RfListens   *ebpf.Map `ebpf:"rf_listens"`
 	RfNotes     *ebpf.Map `ebpf:"rf_notes"`
 	RfOverflow  *ebpf.Map `ebpf:"rf_overflow"`
 	RfOwn       *ebpf.Map `ebpf:"rf_own"`
@@ -389,8 +404,10 @@ func (m *captureMaps) Close() error {
 		m.RfCounters,
 		m.RfDenies,
 		m.RfEvents,
+		m.RfExecs,
 		m.RfExempt,
 		m.RfListeners,
+		m.RfListens,
 		m.RfNotes,
 		m.RfOverflow,
 		m.RfOwn,
@@ -426,6 +443,7 @@ type capturePrograms struct {
 	RfBound6     *ebpf.Program `ebpf:"rf_bound6"`
 	RfConnect4   *ebpf.Program `ebpf:"rf_connect4"`
 	RfConnect6   *ebpf.Program `ebpf:"rf_connect6"`
+	RfExec       *ebpf.Program `ebpf:"rf_exec"`
 	RfFlows      *ebpf.Program `ebpf:"rf_flows"`
 	RfPeername4  *ebpf.Program `ebpf:"rf_peername4"`
 	RfPeername6  *ebpf.Program `ebpf:"rf_peername6"`
@@ -443,6 +461,7 @@ func (p *capturePrograms) Close() error {
 		p.RfBound6,
 		p.RfConnect4,
 		p.RfConnect6,
+		p.RfExec,
 		p.RfFlows,
 		p.RfPeername4,
 		p.RfPeername6,

@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 )
 
 // Maps are the tables of an instance; the comments in headers/maps.h tell keys,
@@ -44,6 +45,8 @@ type Instance struct {
 	coll     *ebpf.Collection     // all programs but rf_steer
 	adopted  bool
 	features []Feature
+	execs    link.Link // of rf_exec; nil without BTF
+	listens  []byte    // rf_listens, mapped
 
 	// pending means the links still run the programs of an agent with another
 	// table layout. Owned by the goroutine that calls Open and Commit.
@@ -117,6 +120,9 @@ func Open(o Options) (*Instance, error) {
 		err = i.takeOver()
 	case errors.Is(err, fs.ErrNotExist):
 		err = i.publish()
+	}
+	if err == nil {
+		err = errors.Join(i.watchExecs(), i.mapListens())
 	}
 	if err != nil {
 		i.Close()
@@ -245,12 +251,21 @@ func (i *Instance) Has(name string) bool {
 
 // Close lets go of the descriptors. What is pinned stays and works on. It may be called twice.
 func (i *Instance) Close() error {
+	var errs []error
+	if i.execs != nil {
+		errs = append(errs, i.execs.Close())
+		i.execs = nil
+	}
+	if i.listens != nil {
+		errs = append(errs, unix.Munmap(i.listens))
+		i.listens = nil
+	}
 	if i.coll != nil {
 		i.coll.Close()
 		i.coll = nil
-		return i.Maps.Close()
+		errs = append(errs, i.Maps.Close())
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Cleanup removes everything that an instance has pinned: what it captured is

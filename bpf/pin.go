@@ -81,7 +81,7 @@ func (i *Instance) table(name string) *ebpf.Map {
 		"rf_notes": i.Maps.RfNotes, "rf_exempt": i.Maps.RfExempt, "rf_socks": i.Maps.RfSocks,
 		"rf_own": i.Maps.RfOwn, "rf_ports": i.Maps.RfPorts, "rf_overflow": i.Maps.RfOverflow,
 		"rf_listeners": i.Maps.RfListeners, "rf_routes": i.Maps.RfRoutes, "rf_denies": i.Maps.RfDenies,
-		"rf_events": i.Maps.RfEvents, "rf_counters": i.Maps.RfCounters,
+		"rf_execs": i.Maps.RfExecs, "rf_listens": i.Maps.RfListens, "rf_events": i.Maps.RfEvents, "rf_counters": i.Maps.RfCounters,
 	}[name]
 }
 

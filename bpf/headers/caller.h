@@ -25,6 +25,20 @@ static __always_inline void note_caller(struct note *n)
 	}
 }
 
+/* After a successful execve: the thread group is another image from now on. */
+static __always_inline void on_exec(struct task_struct *task)
+{
+	struct image_key key = {};
+	__u64 id;
+
+	if (!rf_btf)
+		return;
+	key.tgid = bpf_get_current_pid_tgid() >> 32;
+	key.start = BPF_CORE_READ(task, group_leader, start_boottime);
+	id = BPF_CORE_READ(task, group_leader, self_exec_id);
+	bpf_map_update_elem(&rf_execs, &key, &id, BPF_ANY);
+}
+
 /* A socket that the kernel opened for itself: NFS, iSCSI, a file system. Never refused nor redirected, since
  * their reconnects remember a rewritten address and spin on an error. An MPTCP subflow is a kernel socket in
  * form only: a process asked for it. */

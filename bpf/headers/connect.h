@@ -130,8 +130,7 @@ static __always_inline int keep(struct bpf_sock *sk, const struct scope *s, cons
 		return 0;
 	st->kind = RF_SOCK_CAPTURED;
 	st->note = *n;
-	set_addr(st->self, 0, 0, 0, 0);
-	own_address(st->self, s, r, n, local);
+	own_address(st->note.self, s, r, n, local);
 	return 1;
 }
 

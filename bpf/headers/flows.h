@@ -157,6 +157,15 @@ static __always_inline void note_owner(struct port *p, __u64 cgroup)
 		p->cgroup = RF_MIXED;
 }
 
+static __always_inline void listeners_changed(void)
+{
+	__u32 zero = 0;
+	__u64 *n = bpf_map_lookup_elem(&rf_listens, &zero);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
 /* A count, not a flag, since several sockets may listen on one port; and no deletion at zero, since the next
  * listener may be counted at this moment. */
 static __always_inline void on_listen(struct bpf_sock_ops *ops, struct bpf_sock *sk)
@@ -179,6 +188,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ops, struct bpf_sock 
 	} else {
 		overflow();
 	}
+	listeners_changed();
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	port_event(ops, key.netns, RF_EV_LISTENING);
 }
@@ -190,6 +200,7 @@ static __always_inline void on_unlisten(struct bpf_sock_ops *ops)
 
 	if (p && p->listeners)
 		__sync_fetch_and_add(&p->listeners, -1);
+	listeners_changed();
 	if (scope_of(key.netns))
 		port_event(ops, key.netns, RF_EV_CLOSED);
 }

@@ -124,6 +124,26 @@ struct {
 	__type(value, __u64);
 } rf_denies SEC(".maps");
 
+/* Key: one life of a thread group. Value: its exec id after the latest execve. Written by rf_exec, read by the
+ * agent, which so learns that a process has become another image since it connected. Full: the oldest gives
+ * way; an execve that was forgotten goes unnoticed, unless its executable differs when it is looked at. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct image_key);
+	__type(value, __u64);
+} rf_execs SEC(".maps");
+
+/* One entry: how often a listening socket has come or gone in any scope. Written by rf_flows; the agent maps
+ * it and reads it without a system call, to know that what it found out about listeners still holds. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, __u64);
+} rf_listens SEC(".maps");
+
 /* What was seen, for the agent. Full: the event is dropped and counted as RF_EVENT_LOST. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);

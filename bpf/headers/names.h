@@ -40,9 +40,9 @@ static __always_inline int on_getsockname(struct bpf_sock_addr *ctx, int v6)
 	if (!ctx->sk)
 		return 1;
 	st = bpf_sk_storage_get(&rf_socks, ctx->sk, 0, 0);
-	if (!st || st->kind != RF_SOCK_CAPTURED || is_any(st->self) || (!v6 && !is_mapped(st->self)))
+	if (!st || st->kind != RF_SOCK_CAPTURED || is_any(st->note.self) || (!v6 && !is_mapped(st->note.self)))
 		return 1;
-	answer(ctx, st->self, v6);
+	answer(ctx, st->note.self, v6);
 	return 1;
 }
 

@@ -71,6 +71,14 @@ struct note {
 	__u32 device;	/* interface index the socket was bound to, and no longer is */
 	__u32 pad;
 	__be32 bound[4]; /* address the socket was bound to; zero for none */
+	__be32 self[4];	 /* address that getsockname shows; zero for the kernel's own answer */
+};
+
+/* One life of a thread group. */
+struct image_key {
+	__u32 tgid; /* in the initial pid namespace */
+	__u32 pad;
+	__u64 start; /* nanoseconds since boot */
 };
 
 enum rf_sock_kind {
@@ -85,7 +93,6 @@ struct sock_state {
 	__u32 kind; /* enum rf_sock_kind */
 	__u32 pad;
 	__u64 creator;	 /* cgroup that made the socket; zero when it is older than the hooks */
-	__be32 self[4];	 /* address that getsockname shows; zero for the kernel's own answer */
 	struct note note;
 };
 

@@ -326,3 +326,12 @@ func (s *server) next() (r result) {
 	}
 	return r
 }
+
+// stop ends the server and waits until its sockets are closed.
+func (s *server) stop() {
+	s.t.Helper()
+	if err := s.cmd.Process.Kill(); err != nil {
+		s.t.Fatal(err)
+	}
+	_ = s.cmd.Wait() // killed
+}

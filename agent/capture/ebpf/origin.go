@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"ringfence.dev/agent/capture"
@@ -36,6 +35,9 @@ func (b *Backend) Origin(name string, d flow.Direction, _ int, local, remote net
 	if err != nil {
 		return flow.Flow{}, err
 	}
+	if self := bpf.FromAddress(n.Self); self.IsValid() && !self.IsUnspecified() {
+		f.Source = netip.AddrPortFrom(self, remote.Port())
+	}
 	f.Destination = netip.AddrPortFrom(bpf.FromAddress(n.Dst), bpf.FromPort(n.Dport))
 	f.Caller = evidenceOf(&n)
 	f.BoundSource = bpf.FromAddress(n.Bound)
@@ -46,9 +48,9 @@ func (b *Backend) Origin(name string, d flow.Direction, _ int, local, remote net
 }
 
 func (b *Backend) takeNote(key bpf.ConnKey) (n bpf.Note, err error) {
-	err = b.inst.Maps.RfNotes.LookupAndDelete(key, &n)
+	n, err = b.inst.TakeNote(key)
 	switch {
-	case errors.Is(err, ebpf.ErrKeyNotExist):
+	case errors.Is(err, bpf.ErrNoEntry):
 		return n, capture.ErrNoOrigin
 	case err != nil:
 		return n, fmt.Errorf("read note: %w", err)
@@ -84,7 +86,7 @@ func (b *Backend) BeforeConnect(name string, fd int, to, client netip.AddrPort, 
 		if client.IsValid() {
 			st.Note.Dst, st.Note.Dport = bpf.Address(client.Addr().Unmap()), bpf.Port(client.Port())
 		}
-		if err := b.inst.Maps.RfSocks.Put(uint32(fd), &st); err != nil {
+		if err := b.inst.MarkSocket(fd, st); err != nil {
 			return fmt.Errorf("exempt socket from capture: %w", err)
 		}
 		return nil
@@ -188,4 +190,13 @@ func (b *Backend) PolicyChanged() {
 	if err := sweepTable(b.inst.Maps.RfDenies, func(bpf.DenyKey) bool { return true }); err != nil {
 		b.log.Warn("void refusals not cleared", "error", err)
 	}
+}
+
+// Listens is how often a listening socket has come or gone in a scope; equal
+// counts mean that nothing has changed in between. It costs no system call.
+func (b *Backend) Listens() uint64 { return b.inst.Listens() }
+
+// ExecID is the exec id of a process after its latest execve, or zero where none was seen.
+func (b *Backend) ExecID(p workload.Process) (uint64, error) {
+	return b.inst.ExecID(p.PID, p.StartTime)
 }
