@@ -3,6 +3,7 @@ package proxy_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"ringfence.dev/attest/workload"
 	"ringfence.dev/policy/authz"
@@ -168,14 +170,38 @@ func (h *host) web(tb testing.TB, name string, handler http.HandlerFunc) netip.A
 // dial opens a connection as a workload of the host that wants to.
 func (h *host) dial(tb testing.TB, to netip.AddrPort) *net.TCPConn {
 	tb.Helper()
-	h.net.Expect(to, uid)
-	c, err := net.Dial("tcp", h.outbound.String())
+	return h.dialAs(tb, h.outbound, to, uid)
+}
+
+func (h *host) dialAs(tb testing.TB, listener, to netip.AddrPort, uid uint32) *net.TCPConn {
+	tb.Helper()
+	c, err := h.net.Dial(listener, to, uid)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
-	return c.(*net.TCPConn)
+	_ = c.SetDeadline(time.Now().Add(15 * time.Second))
+	return c
+}
+
+// denied dials until the reset, which may come before the dial returns.
+func (h *host) denied(tb testing.TB, to netip.AddrPort) {
+	tb.Helper()
+	h.deniedAs(tb, h.outbound, to, uid)
+}
+
+func (h *host) deniedAs(tb testing.TB, listener, to netip.AddrPort, uid uint32) {
+	tb.Helper()
+	c, err := h.net.Dial(listener, to, uid)
+	if err != nil {
+		if !errors.Is(err, unix.ECONNRESET) {
+			tb.Error(err)
+		}
+		return
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(15 * time.Second))
+	wantReset(tb, c)
 }
 
 // pair is two hosts of one trust domain: a calls, b serves.

@@ -5,43 +5,79 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"ringfence.dev/attest/workload"
 	"ringfence.dev/proxy"
 	"ringfence.dev/proxy/flow"
+	"ringfence.dev/proxy/socket"
 )
 
 // Network is a capture back end of one host on a loopback address, without
-// capturing anything: a test dials the outbound listener and says beforehand,
-// with Expect, where connections from there were going.
+// capturing anything: a test connects to a listener with Dial, which says where
+// the workload was going.
 type Network struct {
 	tb testing.TB
 	// IP is the host's address, such as 127.0.1.1.
 	IP netip.Addr
 
 	mu      sync.Mutex
-	to      netip.AddrPort // where outbound connections were going
-	caller  workload.Evidence
+	origins map[netip.AddrPort]origin // by the connection's source
 	dials   []proxy.Dial
 	refused []flow.Flow
 	mesh    bool
-	budget  int // sockets still to be had; negative: no limit
+	// Kept from Listen, for CloseListeners.
+	listeners []*os.File
 }
 
 // NewNetwork makes a host at ip whose peers may have agents.
 func NewNetwork(tb testing.TB, ip string) *Network {
-	return &Network{tb: tb, IP: netip.MustParseAddr(ip), mesh: true, budget: -1}
+	return &Network{tb: tb, IP: netip.MustParseAddr(ip), mesh: true, origins: make(map[netip.AddrPort]origin)}
 }
 
-// Expect sets where outbound connections go, and who opens them.
-func (n *Network) Expect(to netip.AddrPort, uid uint32) {
+type origin struct {
+	to     netip.AddrPort
+	caller workload.Evidence
+}
+
+// Dial connects to one of the host's listeners, as a workload of uid whose
+// connection to another address was captured.
+func (n *Network) Dial(listener, to netip.AddrPort, uid uint32) (*net.TCPConn, error) {
+	d := net.Dialer{Timeout: 10 * time.Second}
+	d.SetMultipathTCP(false)
+	var from netip.AddrPort
+	// The source port is chosen before the SYN, as capture learns it.
+	d.Control = func(_, _ string, raw syscall.RawConn) error {
+		var err error
+		if ctlErr := raw.Control(func(fd uintptr) {
+			if err = unix.Bind(int(fd), &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+				return
+			}
+			if from, err = socket.LocalAddr(int(fd)); err == nil {
+				n.note(from, origin{to, workload.Evidence{UID: uid, Source: workload.SourceHook}})
+			}
+		}); ctlErr != nil {
+			return ctlErr
+		}
+		return err
+	}
+	c, err := d.Dial("tcp4", listener.String())
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+func (n *Network) note(from netip.AddrPort, o origin) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.to, n.caller = to, workload.Evidence{UID: uid, Source: workload.SourceHook}
+	n.origins[from] = o
 }
 
 // SetMesh says whether peers may have agents.
@@ -65,6 +101,15 @@ func (n *Network) RefusedFlows() []flow.Flow {
 	return append([]flow.Flow(nil), n.refused...)
 }
 
+// CloseListeners closes what Listen has opened, as an agent does that ends.
+func (n *Network) CloseListeners() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, f := range n.listeners {
+		_ = f.Close()
+	}
+}
+
 // Origin implements proxy.Network.
 func (n *Network) Origin(d flow.Direction, fd int, local, remote netip.AddrPort) (flow.Flow, error) {
 	if fd < 0 || !local.IsValid() || !remote.IsValid() {
@@ -72,10 +117,12 @@ func (n *Network) Origin(d flow.Direction, fd int, local, remote netip.AddrPort)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if !n.to.IsValid() {
+	o, ok := n.origins[remote]
+	if !ok {
 		return flow.Flow{}, errors.New("not redirected")
 	}
-	return flow.Flow{Direction: d, Source: remote, Destination: n.to, Caller: n.caller}, nil
+	delete(n.origins, remote)
+	return flow.Flow{Direction: d, Source: remote, Destination: o.to, Caller: o.caller}, nil
 }
 
 // Socket implements proxy.Network.
@@ -135,5 +182,8 @@ func (n *Network) Listen(port uint16) (fd int, addr netip.AddrPort) {
 	}
 	_ = l.Close() // the copy goes on listening
 	n.tb.Cleanup(func() { _ = f.Close() })
+	n.mu.Lock()
+	n.listeners = append(n.listeners, f)
+	n.mu.Unlock()
 	return int(f.Fd()), netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 }
