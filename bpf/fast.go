@@ -17,8 +17,12 @@ import (
 // library's general way looks at types by reflection and allocates, which costs
 // more than the system call itself.
 
-// ErrNoEntry reports a key that is not in a table.
-var ErrNoEntry = errors.New("bpf: no such entry")
+var (
+	// ErrNoEntry reports a key that is not in a table.
+	ErrNoEntry = errors.New("bpf: no such entry")
+	// ErrClosed reports use of an Instance after Close.
+	ErrClosed = errors.New("bpf: instance is closed")
+)
 
 // elemAttr is the part of union bpf_attr (include/uapi/linux/bpf.h) for commands on map elements.
 type elemAttr struct {
@@ -43,8 +47,13 @@ type request struct {
 
 var requests = sync.Pool{New: func() any { return new(request) }}
 
-// do issues a command. key and value point into r.
-func (r *request) do(cmd uintptr, m *ebpf.Map, key, value unsafe.Pointer) error {
+// do issues a command on one of i's tables. key and value point into r.
+func (r *request) do(i *Instance, cmd uintptr, m *ebpf.Map, key, value unsafe.Pointer) error {
+	i.using.RLock()
+	defer i.using.RUnlock()
+	if i.closed {
+		return ErrClosed
+	}
 	r.attr = elemAttr{fd: uint32(m.FD()), key: uint64(uintptr(key)), value: uint64(uintptr(value))}
 	_, _, errno := unix.Syscall(unix.SYS_BPF, cmd, uintptr(unsafe.Pointer(&r.attr)), unsafe.Sizeof(r.attr))
 	runtime.KeepAlive(r)
@@ -65,7 +74,7 @@ func (i *Instance) TakeNote(key ConnKey) (Note, error) {
 	r := requests.Get().(*request)
 	defer requests.Put(r)
 	r.conn, r.note = key, Note{}
-	err := r.do(unix.BPF_MAP_LOOKUP_AND_DELETE_ELEM, i.Maps.RfNotes, unsafe.Pointer(&r.conn), unsafe.Pointer(&r.note))
+	err := r.do(i, unix.BPF_MAP_LOOKUP_AND_DELETE_ELEM, i.Maps.RfNotes, unsafe.Pointer(&r.conn), unsafe.Pointer(&r.note))
 	return r.note, err
 }
 
@@ -74,7 +83,7 @@ func (i *Instance) MarkSocket(fd int, st SockState) error {
 	r := requests.Get().(*request)
 	defer requests.Put(r)
 	r.fd, r.state = uint32(fd), st
-	return r.do(unix.BPF_MAP_UPDATE_ELEM, i.Maps.RfSocks, unsafe.Pointer(&r.fd), unsafe.Pointer(&r.state))
+	return r.do(i, unix.BPF_MAP_UPDATE_ELEM, i.Maps.RfSocks, unsafe.Pointer(&r.fd), unsafe.Pointer(&r.state))
 }
 
 // ExecID is the exec id of a thread group after its latest execve that was
@@ -83,7 +92,7 @@ func (i *Instance) ExecID(tgid uint32, start uint64) (uint64, error) {
 	r := requests.Get().(*request)
 	defer requests.Put(r)
 	r.image, r.id = captureImageKey{Tgid: tgid, Start: start}, 0
-	err := r.do(unix.BPF_MAP_LOOKUP_ELEM, i.Maps.RfExecs, unsafe.Pointer(&r.image), unsafe.Pointer(&r.id))
+	err := r.do(i, unix.BPF_MAP_LOOKUP_ELEM, i.Maps.RfExecs, unsafe.Pointer(&r.image), unsafe.Pointer(&r.id))
 	if err == ErrNoEntry {
 		return 0, nil
 	}
@@ -115,7 +124,12 @@ func (i *Instance) mapListens() error {
 }
 
 // Listens is how often a listening socket has come or gone in a scope of this
-// instance. It costs no system call. It must not be called after Close.
+// instance. It costs no system call. After Close it stays zero.
 func (i *Instance) Listens() uint64 {
+	i.using.RLock()
+	defer i.using.RUnlock()
+	if i.closed {
+		return 0
+	}
 	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&i.listens[0])))
 }

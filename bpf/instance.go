@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -46,7 +47,11 @@ type Instance struct {
 	adopted  bool
 	features []Feature
 	execs    link.Link // of rf_exec; nil without BTF
-	listens  []byte    // rf_listens, mapped
+
+	// using held for reading means that the tables are open and listens is mapped.
+	using   sync.RWMutex
+	closed  bool
+	listens []byte // rf_listens, mapped
 
 	// pending means the links still run the programs of an agent with another
 	// table layout. Owned by the goroutine that calls Open and Commit.
@@ -251,6 +256,9 @@ func (i *Instance) Has(name string) bool {
 
 // Close lets go of the descriptors. What is pinned stays and works on. It may be called twice.
 func (i *Instance) Close() error {
+	i.using.Lock()
+	defer i.using.Unlock()
+	i.closed = true
 	var errs []error
 	if i.execs != nil {
 		errs = append(errs, i.execs.Close())
