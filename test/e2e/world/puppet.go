@@ -212,6 +212,12 @@ func (c *Conn) Rest() (string, error) {
 // CloseWrite sends a FIN.
 func (c *Conn) CloseWrite() { c.p.w.T.Helper(); c.p.must("CloseWrite", Call{ID: c.id}) }
 
+// TryCloseWrite sends a FIN on a connection that may be cut already.
+func (c *Conn) TryCloseWrite() error {
+	_, err := c.p.call("CloseWrite", Call{ID: c.id})
+	return err
+}
+
 // Reset sends an RST.
 func (c *Conn) Reset() { c.p.w.T.Helper(); c.p.must("Reset", Call{ID: c.id}) }
 

@@ -76,19 +76,17 @@ func (w *web) handler() http.Handler {
 			_ = c.Flush()
 		}
 	})
-	mux.HandleFunc("/", func(rw http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body)
-		_ = json.NewEncoder(rw).Encode(SeenRequest{r.Method, r.RequestURI, r.Host, r.RemoteAddr, r.Proto, r.Header, r.Trailer, string(body)})
-	})
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w.mu.Lock()
 		w.seen = append(w.seen, r.Method+" "+r.RequestURI)
 		w.mu.Unlock()
-		if r.RequestURI == "*" || r.Method == http.MethodConnect {
-			rw.WriteHeader(http.StatusNoContent)
+		// Asked first, because the mux redirects what has another spelling.
+		if _, pattern := mux.Handler(r); pattern != "" {
+			mux.ServeHTTP(rw, r)
 			return
 		}
-		mux.ServeHTTP(rw, r)
+		body, _ := io.ReadAll(r.Body)
+		_ = json.NewEncoder(rw).Encode(SeenRequest{r.Method, r.RequestURI, r.Host, r.RemoteAddr, r.Proto, r.Header, r.Trailer, string(body)})
 	})
 }
 
