@@ -12,8 +12,10 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
 
+	"ringfence.dev/agent"
 	"ringfence.dev/ca"
 	"ringfence.dev/test/nettest"
 )
@@ -227,5 +229,27 @@ func TestAgentsShareOneRoot(t *testing.T) {
 	}
 	if len(bundles[0].X509Authorities()) != 1 || !bundles[0].Equal(bundles[1]) {
 		t.Error("the hosts trust different roots")
+	}
+}
+
+// What the lab writes is what the agent reads: every key known, every value sound.
+func TestSettingsAreTheAgents(t *testing.T) {
+	l := &Lab{opts: Options{Name: "x", TrustDomain: "lab.test", Capture: "auto", Mode: "enforce"}}
+	c := l.agentConfig("a", "/run/policies")
+	c.Scopes = append(c.Scopes, Scope{Name: "host", Host: true, Cgroups: []string{"/rf-x/here/*"}, Mode: "watch", Loopback: "observe"})
+	data, err := yaml.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := agent.ParseConfig(data)
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, data)
+	}
+	s, err := read.Check()
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, data)
+	}
+	if s.Instance != "x-a" || s.Host != "a" || s.AdminSocket != l.Socket("a") || len(s.Scopes) != 2 || s.Scopes[0].Path != l.NetNS("a") {
+		t.Errorf("%+v", s)
 	}
 }
