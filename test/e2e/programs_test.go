@@ -59,6 +59,21 @@ func TestCurl(t *testing.T) {
 	})
 }
 
+// A program that was started by other means than the lab's is protected just
+// the same, under the name of its executable.
+func TestIPNetNSExec(t *testing.T) {
+	ip := program(t, "ip", "curl")[0]
+	forEachCapture(t, lab.Options{}, func(t *testing.T, w *world) {
+		w.serve("b", "web", 80, helperCommand("web", "192.0.2.2:80")...)
+		w.inTunnel(func() {
+			out, err := exec.Command(ip, "netns", "exec", "rf-"+labName+"-a", "curl", "-sS", "--max-time", "8", "http://192.0.2.2/secret-path").CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "URI=spiffe://lab.test/ns/a/sa/curl") {
+				t.Errorf("%v: %s", err, out)
+			}
+		}, "secret-path")
+	})
+}
+
 func bracketed(ip string) string {
 	if strings.Contains(ip, ":") {
 		return "[" + ip + "]"
