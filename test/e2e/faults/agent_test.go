@@ -23,12 +23,14 @@ import (
 	"ringfence.dev/tools/ringfence/lab"
 )
 
-// basePolicy: the shop may dial whom it likes, anybody may dial the service
-// named open, and that is all.
+// basePolicy: the shop and the trusted program may dial whom they like, anybody
+// may dial the service named open, and that is all.
 const basePolicy = `@id("shop-dials")
 permit (principal == Workload::"spiffe://faults.test/ns/a/sa/shop", action == Action::"connect", resource);
 @id("open-is-dialled")
 permit (principal, action == Action::"connect", resource == Service::"spiffe://faults.test/ns/a/sa/open");
+@id("trusted-dials")
+permit (principal == Workload::"spiffe://faults.test/ns/a/sa/trusted", action == Action::"connect", resource);
 `
 
 // settings are an agent's settings file before it is written.

@@ -30,7 +30,7 @@ type job struct {
 	Reuse  bool   // with SO_REUSEPORT
 	Device string
 	Mark   int
-	How    string // "", fastopen, fastopen_connect, reconnect, io_uring
+	How    string // "", fastopen, fastopen_connect, reconnect, io_uring, none
 	UID    int
 	Given  bool   // use the socket that came as descriptor 3
 	Pause  bool   // wait for a line after the socket was made
@@ -38,6 +38,7 @@ type job struct {
 	Only   bool   // make and bind the socket, no more
 	Hold   bool   // keep the connection after the first answer, until a line comes
 	Send   string
+	Wait   int      // seconds that connect may take; zero: as long as the kernel tries
 	Leave  bool     // end at once after sending
 	Exec   []string // become this program after sending, the connection on descriptor 3
 }
@@ -99,7 +100,7 @@ func (r *result) dial(j job, in *bufio.Reader) {
 	if r.prepare(fd, j) || j.Only {
 		return
 	}
-	if r.fail("connect", j.connect(fd)) || j.Type == unix.SOCK_DGRAM {
+	if r.fail("connect", j.connect(fd)) {
 		return
 	}
 	if j.Send != "" {
@@ -107,7 +108,7 @@ func (r *result) dial(j job, in *bufio.Reader) {
 			return
 		}
 	}
-	if j.Leave {
+	if j.Leave || j.Type == unix.SOCK_DGRAM {
 		return
 	}
 	if j.Exec != nil {
@@ -199,6 +200,14 @@ func (j job) socket() (int, error) {
 }
 
 func (j job) connect(fd int) error {
+	if j.How == "none" {
+		return nil
+	}
+	if j.Wait != 0 {
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: int64(j.Wait)}); err != nil {
+			return err
+		}
+	}
 	sa := sockaddr(j.To, j.V6)
 	switch j.How {
 	case "fastopen":

@@ -105,7 +105,7 @@ func sharedAgent(t *testing.T, capture string) *agentProc {
 	if a := shared.agents[capture]; a != nil {
 		return a.in(t)
 	}
-	a := prepareAgent(t, "shared-"+capture, settings{"capture": capture})
+	a := prepareAgent(t, "shared-"+capture, settings{"capture": capture, "entries": trustedEntries()})
 	if err := a.start(); err != nil {
 		_ = a.remove()
 		t.Fatal(err)

@@ -52,6 +52,13 @@ func (w *site) in(a *agentProc, mode string, flags ...string) *site {
 	return w
 }
 
+// on is the site in the hands of a subtest.
+func (w *site) on(t testing.TB) *site {
+	sub := *w
+	sub.t = t
+	return &sub
+}
+
 // unitDir makes the cgroup of a unit, which lives as long as the tests.
 func unitDir(t testing.TB, unit string) string {
 	t.Helper()
@@ -135,6 +142,12 @@ func launchAs(t testing.TB, ns *nettest.NS, cgroup, exe string, j job, files ...
 func (p *proc) end() {
 	_ = p.cmd.Process.Kill()
 	_ = p.cmd.Wait()
+}
+
+// ended reports whether the process is dead.
+func (p *proc) ended() bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	return err != nil || strings.Contains(string(stat), ") Z ")
 }
 
 // next is the workload's next report.
@@ -250,9 +263,9 @@ func (w *site) passes(unit string, j job, f *far) result {
 }
 
 // isRefused fails the test if the job got anything, or reached the far server.
-func (w *site) isRefused(unit string, j job, f *far) result {
+func (w *site) isRefused(unit string, j job, f *far, files ...*os.File) result {
 	w.t.Helper()
-	r := w.run(unit, j)
+	r := w.run(unit, j, files...)
 	if r.Step == "" || r.Got != "" {
 		w.t.Errorf("%s %+v: %v; want it refused", unit, j, r)
 	}
