@@ -333,6 +333,7 @@ func TestDrain(t *testing.T) {
 	_ = c.CloseWrite()
 	wantEOF(t, c)
 	within(t, "the drain", drained)
+	b.net.CloseListeners()
 	a.denied(t, to)
 }
 
@@ -397,11 +398,12 @@ func TestShortConnectionsLeakNothing(t *testing.T) {
 	if testing.Short() {
 		n = 500
 	}
-	a, b := pair(t, authz.Enforce, proxytest.Policy{}, proxytest.Policy{Connect: func(c authz.Connection) bool {
-		return c.Source.Addr.Port()%16 != 0 // some are refused
-	}})
+	a, b := pair(t, authz.Enforce, proxytest.Policy{}, proxytest.Policy{})
 	to := b.service(t, "b/sa/echo", echo)
 	exchange(t, a.dial(t, to), "\x00warm")
+	b.dec.Set(proxytest.Policy{Connect: func(c authz.Connection) bool {
+		return c.Source.Addr.Port()%16 != 0 // some are refused
+	}})
 	eventually(t, "the first to end", func() bool { return b.relay.Stats().AcceptedStreams == 1 })
 	before := descriptors(t)
 	var wg sync.WaitGroup

@@ -27,7 +27,7 @@ type egress struct {
 
 // serveOutbound takes one connection that a workload opened. On every way out
 // before the link lives, the client is reset: it has seen a handshake, not a byte.
-func (s *Scope) serveOutbound(ctx context.Context, a socket.Accepted) {
+func (s *Scope) serveOutbound(ctx context.Context, a socket.Accepted) *link {
 	local, err := socket.LocalAddr(a.FD)
 	var f flow.Flow
 	if err == nil {
@@ -36,12 +36,12 @@ func (s *Scope) serveOutbound(ctx context.Context, a socket.Accepted) {
 	if err != nil {
 		s.relay.count.noOrigin.Add(1)
 		socket.ResetFD(a.FD)
-		return
+		return nil
 	}
 	client, err := socket.New(a.FD)
 	if err != nil {
 		s.relay.count.failed.Add(1)
-		return
+		return nil
 	}
 	f.Scope, f.Direction = s.name, flow.Outbound
 	f.Source, f.Destination = unmap(f.Source), unmap(f.Destination)
@@ -51,9 +51,10 @@ func (s *Scope) serveOutbound(ctx context.Context, a socket.Accepted) {
 	cancel()
 	if l == nil {
 		client.Reset()
-		return
+		return nil
 	}
-	l.run(client)
+	l.own = client
+	return l
 }
 
 // establish finds out who calls whom, decides, and connects. It returns nil

@@ -15,7 +15,6 @@ var strip = h1.NewNames(h1.IdentityFields()...)
 type httpState struct {
 	only     bool   // each request needs its own permit
 	add      []byte // lines that tell the server its verified caller
-	parsed   bool   // at least one request was seen
 	refused  bool   // dry-run let something pass that is no permitted HTTP
 	requests uint64
 }
@@ -48,7 +47,6 @@ type handler link
 // Request decides one request, on services where each needs its own permit.
 func (h *handler) Request(head *h1.Head) h1.Verdict {
 	l := (*link)(h)
-	l.http.parsed = true
 	l.http.requests++
 	l.scope.relay.count.requests.Add(1)
 	if !l.http.only {

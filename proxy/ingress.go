@@ -22,7 +22,7 @@ import (
 
 // serveInbound takes one plaintext connection to a workload of the scope: from
 // a peer without an agent, and so without an identity.
-func (s *Scope) serveInbound(ctx context.Context, a socket.Accepted) {
+func (s *Scope) serveInbound(ctx context.Context, a socket.Accepted) *link {
 	local, err := socket.LocalAddr(a.FD)
 	var f flow.Flow
 	if err == nil {
@@ -31,12 +31,12 @@ func (s *Scope) serveInbound(ctx context.Context, a socket.Accepted) {
 	if err != nil {
 		s.relay.count.noOrigin.Add(1)
 		socket.ResetFD(a.FD)
-		return
+		return nil
 	}
 	client, err := socket.New(a.FD)
 	if err != nil {
 		s.relay.count.failed.Add(1)
-		return
+		return nil
 	}
 	f.Scope, f.Direction = s.name, flow.Inbound
 	f.Source, f.Destination = unmap(f.Source), unmap(f.Destination)
@@ -47,10 +47,11 @@ func (s *Scope) serveInbound(ctx context.Context, a socket.Accepted) {
 	cancel()
 	if status != http.StatusOK {
 		client.Reset()
-		return
+		return nil
 	}
 	l.filterFor("", nil)
-	l.run(client)
+	l.own = client
+	return l
 }
 
 // admitInbound decides an inbound connection and connects it to the workload.
@@ -97,11 +98,11 @@ func (s *Scope) admitInbound(ctx context.Context, l *link, f flow.Flow, from aut
 }
 
 // serveTunnel takes one tunnel from a peer's agent and runs it to its end.
-func (s *Scope) serveTunnel(ctx context.Context, a socket.Accepted) {
+func (s *Scope) serveTunnel(ctx context.Context, a socket.Accepted) *link {
 	sock, err := socket.New(a.FD)
 	if err != nil {
 		s.relay.count.failed.Add(1)
-		return
+		return nil
 	}
 	stop := context.AfterFunc(ctx, func() { _ = sock.SetDeadline(past) })
 	var conn *tunnel.Conn
@@ -116,17 +117,18 @@ func (s *Scope) serveTunnel(ctx context.Context, a socket.Accepted) {
 	if err != nil {
 		stop()
 		s.relay.count.handshakeErrors.Add(1)
-		return
+		return nil
 	}
 	if stop() && s.enterTunnel(conn) {
 		if conn.Run() != nil {
 			s.relay.count.tunnelErrors.Add(1)
 		}
 		s.leaveTunnel(conn)
-		return
+		return nil
 	}
 	conn.Close()
 	_ = conn.Run()
+	return nil
 }
 
 func (s *Scope) enterTunnel(t *tunnel.Conn) bool {
@@ -189,18 +191,21 @@ func (s *Scope) accepted(ctx context.Context, conn *tunnel.Conn, stream *tunnel.
 	go func() {
 		defer s.work.Done()
 		defer s.relay.count.live.Add(-1)
-		s.serveStream(ctx, l, conn, stream, r)
+		if s.serveStream(ctx, l, conn, stream, r) {
+			l.run()
+		}
 	}()
 	return (*downSink)(l)
 }
 
-func (s *Scope) serveStream(ctx context.Context, l *link, conn *tunnel.Conn, stream *tunnel.Stream, r *tunnel.Request) {
+// serveStream sets a stream's link up, or answers why not and reports false.
+func (s *Scope) serveStream(ctx context.Context, l *link, conn *tunnel.Conn, stream *tunnel.Stream, r *tunnel.Request) bool {
 	f, id, err := inboundFlow(conn, r)
 	if err != nil {
 		s.relay.count.badConnects.Add(1)
 		stream.Respond(http.StatusBadRequest)
 		stream.Close()
-		return
+		return false
 	}
 	f.Scope = s.name
 	setup, cancel := context.WithTimeout(ctx, s.relay.cfg.SetupTimeout)
@@ -209,11 +214,12 @@ func (s *Scope) serveStream(ctx context.Context, l *link, conn *tunnel.Conn, str
 	if status != http.StatusOK {
 		stream.Respond(status)
 		stream.Close()
-		return
+		return false
 	}
 	l.filterFor(conn.Peer().String(), conn.PeerHash())
 	stream.Respond(http.StatusOK)
-	l.run(l.server)
+	l.own = l.server
+	return true
 }
 
 // inboundFlow reads what a CONNECT asks for. Its address must be the one that
@@ -314,37 +320,41 @@ func (l *link) pushedEnd(p *port) {
 	l.mu.Unlock()
 }
 
-// run carries the link to its end. sock is the end that the owner's goroutine
-// reads; a second socket gets a goroutine of its own.
-func (l *link) run(sock *socket.Conn) {
+// run carries the link to its end. It is called from the goroutine's outermost
+// frame: what setting up has put on the stack is gone by then, so that the
+// stack of an idle connection can shrink.
+func (l *link) run() {
 	if !l.scope.enter(l) {
 		l.abort(errStopped)
 	}
 	l.begin()
-	p, other := &l.down, &l.up
-	if sock == l.server {
-		p, other = other, p
-	}
-	if l.server != nil && sock != l.server {
+	p := &l.down
+	if l.own == l.server {
+		p = &l.up
+	} else if l.server != nil { // two sockets: the second one's reader
 		l.mu.Lock()
 		l.running++
 		l.mu.Unlock()
-		go func() {
-			l.pump(other, l.server)
-			l.mu.Lock()
-			l.running--
-			l.cond.Broadcast()
-			l.mu.Unlock()
-		}()
+		go l.pumpServer()
 	}
-	l.pump(p, sock)
+	l.pump(p, l.own)
 	l.wait()
 	l.scope.leave(l)
 	l.account()
 }
 
+func (l *link) pumpServer() {
+	l.pump(&l.up, l.server)
+	l.mu.Lock()
+	l.running--
+	l.cond.Broadcast()
+	l.mu.Unlock()
+}
+
 // account adds a finished link to the counters.
 func (l *link) account() {
+	l.mu.Lock() // a stream's last events may still be on their way
+	defer l.mu.Unlock()
 	c := &l.scope.relay.count
 	c.closed.Add(1)
 	if l.cut {

@@ -44,6 +44,7 @@ type link struct {
 	seen     uint64        // octets at the last tick
 	linger   *time.Timer
 	// Owned by the setting-up goroutine until the link is live, then read-only.
+	own    *socket.Conn // the end that the owner's goroutine reads
 	server *socket.Conn // nil behind a tunnel
 	answer chan int     // status of our CONNECT, zero when it was reset
 	shown  spiffeid.ID  // identity that the tunnel was made to; zero when it named no port
@@ -126,15 +127,15 @@ func (l *link) takeLocked(p *port, in []byte, wait bool) {
 	case !l.live:
 		p.carry = append(p.carry, in...)
 		return
-	case l.filter == nil:
-		l.passLocked(p, in, wait)
-	default:
-		for more := l.stepLocked(p, in, wait); more; more = l.stepLocked(p, nil, wait) {
-			// The other half can go on with what it had to leave.
-			p = l.other(p)
-			wait = false
-		}
 	}
+	for l.filter != nil {
+		if !l.stepLocked(p, in, wait) {
+			return
+		}
+		// The other half can go on with what it had to leave.
+		p, in, wait = l.other(p), nil, false
+	}
+	l.passLocked(p, in, wait)
 }
 
 // passLocked forwards octets unseen.
@@ -186,7 +187,6 @@ func (l *link) stepLocked(p *port, in []byte, wait bool) (wakeOther bool) {
 		p.carry = append([]byte(nil), in[n:]...)
 	}
 	p.hold = out.Hold
-	l.http.parsed = l.http.parsed || !l.filter.Opaque()
 	l.actLocked(p, out, err, wait)
 	wakeOther = out.Wake && !l.cut && !l.over
 	if wakeOther {

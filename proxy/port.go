@@ -158,8 +158,11 @@ func (l *link) settleLocked(p *port) {
 		return
 	}
 	p.sent = true
-	if err := p.to.CloseWrite(); err != nil {
-		l.cutLocked(err)
+	// Where nothing is left in either direction, closing follows at once and says the same.
+	if last := l.other(p).sent && l.down.eof && l.up.eof; !last || p.give != nil {
+		if err := p.to.CloseWrite(); err != nil {
+			l.cutLocked(err)
+		}
 	}
 	l.cond.Broadcast()
 }

@@ -43,7 +43,7 @@ type Scope struct {
 
 type listener struct {
 	*socket.Listener
-	serve func(ctx context.Context, a socket.Accepted)
+	serve func(ctx context.Context, a socket.Accepted) *link
 	count *atomic.Uint64
 }
 
@@ -61,7 +61,7 @@ func (r *Relay) newScope(c ScopeConfig) (*Scope, error) {
 	s.enforce.Mode, s.dryRun.Mode, s.observe.Mode = h1.Enforce, h1.DryRun, h1.Observe
 	for _, group := range []struct {
 		fds   []int
-		serve func(context.Context, socket.Accepted)
+		serve func(context.Context, socket.Accepted) *link
 		count *atomic.Uint64
 	}{
 		{c.Outbound, s.serveOutbound, &r.count.outbound},
@@ -170,7 +170,7 @@ func (s *Scope) accept(ctx context.Context, l *listener) {
 }
 
 // admit starts a connection's goroutine, unless the relay is full or stopping.
-func (s *Scope) admit(ctx context.Context, a socket.Accepted, serve func(context.Context, socket.Accepted)) {
+func (s *Scope) admit(ctx context.Context, a socket.Accepted, serve func(context.Context, socket.Accepted) *link) {
 	live := s.relay.count.live.Add(1)
 	s.mu.Lock()
 	if s.draining || live > int64(s.relay.cfg.MaxConnections) {
@@ -185,7 +185,9 @@ func (s *Scope) admit(ctx context.Context, a socket.Accepted, serve func(context
 	go func() {
 		defer s.work.Done()
 		defer s.relay.count.live.Add(-1)
-		serve(ctx, a)
+		if l := serve(ctx, a); l != nil {
+			l.run()
+		}
 	}()
 }
 

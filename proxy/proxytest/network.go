@@ -29,6 +29,7 @@ type Network struct {
 
 	mu      sync.Mutex
 	origins map[netip.AddrPort]origin // by the connection's source
+	any     *origin
 	dials   []proxy.Dial
 	refused []flow.Flow
 	mesh    bool
@@ -72,6 +73,13 @@ func (n *Network) Dial(listener, to netip.AddrPort, uid uint32) (*net.TCPConn, e
 		return nil, err
 	}
 	return c.(*net.TCPConn), nil
+}
+
+// ExpectAll makes every connection that was not opened by Dial one of uid's to an address.
+func (n *Network) ExpectAll(to netip.AddrPort, uid uint32) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.any = &origin{to, workload.Evidence{UID: uid, Source: workload.SourceHook}}
 }
 
 func (n *Network) note(from netip.AddrPort, o origin) {
@@ -118,6 +126,9 @@ func (n *Network) Origin(d flow.Direction, fd int, local, remote netip.AddrPort)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	o, ok := n.origins[remote]
+	if !ok && n.any != nil {
+		o, ok = *n.any, true
+	}
 	if !ok {
 		return flow.Flow{}, errors.New("not redirected")
 	}
