@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 	"syscall"
 )
 
@@ -34,10 +35,27 @@ func NewClient(path string) *Client {
 			return d.DialContext(ctx, "unix", path)
 		},
 		DisableKeepAlives: true,
+	}, CheckRedirect: func(*http.Request, []*http.Request) error {
+		// The server redirects nobody. A path that it cleans was no path of ours, and
+		// what it would be led to is another question than the one asked.
+		return http.ErrUseLastResponse
 	}}}
 }
 
-// Get asks for path and decodes the answer into out, a pointer, or discards it when out is nil.
+// Path joins segments into a path of the interface, each taken as it is: a slash
+// in one of them separates nothing. A segment that a path cannot carry is an error.
+func Path(segments ...string) (string, error) {
+	var b strings.Builder
+	for _, s := range segments {
+		if s == "" || s == "." || s == ".." {
+			return "", fmt.Errorf("%q is no name", s)
+		}
+		b.WriteString("/" + url.PathEscape(s))
+	}
+	return b.String(), nil
+}
+
+// Get asks for path, which is escaped, and decodes the answer into out, a pointer, or discards it when out is nil.
 func (c *Client) Get(ctx context.Context, path string, query url.Values, out any) error {
 	return c.do(ctx, http.MethodGet, path, query, nil, out)
 }
@@ -48,7 +66,11 @@ func (c *Client) Do(ctx context.Context, method, path string, query url.Values, 
 }
 
 func (c *Client) do(ctx context.Context, method, path string, query url.Values, body, out any) error {
-	u := url.URL{Scheme: "http", Host: "agent", Path: path, RawQuery: query.Encode()}
+	u, err := url.Parse("http://agent" + path)
+	if err != nil {
+		return fmt.Errorf("ask the agent for %q: %w", path, err)
+	}
+	u.RawQuery = query.Encode()
 	var in io.Reader
 	if body != nil {
 		data, err := json.Marshal(body)
@@ -66,9 +88,12 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		return c.explain(err)
 	}
 	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return fmt.Errorf("read the agent's answer: %w", err)
+	}
+	if len(data) > maxAnswer {
+		return fmt.Errorf("the agent's answer is longer than %d bytes", maxAnswer)
 	}
 	if resp.StatusCode/100 != 2 {
 		var e Error

@@ -5,14 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net"
+	"io"
 	"net/http"
 	"net/http/pprof"
-	"os"
-	"path/filepath"
-	"syscall"
-	"time"
+	"strconv"
 
 	"ringfence.dev/policy/authz"
 )
@@ -28,7 +24,7 @@ type Backend interface {
 	SetMode(ctx context.Context, name string, m authz.Mode) error
 	ReloadPolicy(ctx context.Context) error
 	// Decisions returns the newest records first, as JSON values.
-	Decisions(f Filter) any
+	Decisions(f Filter) (any, error)
 	// Explain returns the full account of one recorded decision.
 	Explain(f Filter) (any, error)
 	ClearPeer(addr string) error
@@ -56,32 +52,6 @@ type BadRequest struct{ Err error }
 func (b BadRequest) Error() string { return b.Err.Error() }
 func (b BadRequest) Unwrap() error { return b.Err }
 
-// Listen opens the admin socket at path with mode 0600, its directory with 0700
-// if it has to be made. A socket that a dead agent left is replaced; one that
-// answers is an error.
-func Listen(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("make the admin socket's directory: %w", err)
-	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another agent answers on %s: stop it first, or set another instance and admin.socket", path)
-	} else if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("admin socket %s: %w", path, err)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("remove the stale admin socket: %w", err)
-	}
-	// The mask makes the socket 0600 from its first moment; a chmod afterwards would leave a gap.
-	old := syscall.Umask(0o177)
-	ln, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("open the admin socket: %w", err)
-	}
-	return ln, nil
-}
-
 // Handler serves b.
 func Handler(b Backend) http.Handler {
 	mux := http.NewServeMux()
@@ -96,8 +66,11 @@ func Handler(b Backend) http.Handler {
 		reply(w, http.StatusOK, b.Status(r.Context()))
 	})
 	mux.HandleFunc("POST /v1/scopes", func(w http.ResponseWriter, r *http.Request) {
-		var raw json.RawMessage
-		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&raw); err != nil {
+		raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxScope))
+		if err == nil && !json.Valid(raw) {
+			err = errors.New("not one JSON value")
+		}
+		if err != nil {
 			fail(w, BadRequest{fmt.Errorf("read scope: %w", err)})
 			return
 		}
@@ -118,15 +91,10 @@ func Handler(b Backend) http.Handler {
 		done(w, b.ReloadPolicy(r.Context()))
 	})
 	mux.HandleFunc("GET /v1/decisions", func(w http.ResponseWriter, r *http.Request) {
-		reply(w, http.StatusOK, b.Decisions(filter(r)))
+		answer(w, r, b.Decisions)
 	})
 	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
-		out, err := b.Explain(filter(r))
-		if err != nil {
-			fail(w, err)
-			return
-		}
-		reply(w, http.StatusOK, out)
+		answer(w, r, b.Explain)
 	})
 	mux.HandleFunc("DELETE /v1/peers/{addr}", func(w http.ResponseWriter, r *http.Request) {
 		done(w, b.ClearPeer(r.PathValue("addr")))
@@ -149,13 +117,38 @@ func Handler(b Backend) http.Handler {
 	return mux
 }
 
-func filter(r *http.Request) Filter {
-	q := r.URL.Query()
-	f := Filter{ID: q.Get("id"), Unit: q.Get("unit"), Scope: q.Get("scope"), Effect: q.Get("effect"), Limit: 100}
-	if n := q.Get("limit"); n != "" {
-		_, _ = fmt.Sscanf(n, "%d", &f.Limit) // a malformed limit keeps the default
+// maxScope bounds the settings of one scope: thousands of patterns.
+const maxScope = 64 << 10
+
+// answer asks about the decisions that a request's query chooses.
+func answer(w http.ResponseWriter, r *http.Request, ask func(Filter) (any, error)) {
+	f, err := filter(r)
+	if err != nil {
+		fail(w, BadRequest{err})
+		return
 	}
-	return f
+	out, err := ask(f)
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	reply(w, http.StatusOK, out)
+}
+
+// defaultLimit is how many decisions are listed unless told otherwise.
+const defaultLimit = 100
+
+func filter(r *http.Request) (Filter, error) {
+	q := r.URL.Query()
+	f := Filter{ID: q.Get("id"), Unit: q.Get("unit"), Scope: q.Get("scope"), Effect: q.Get("effect"), Limit: defaultLimit}
+	if text := q.Get("limit"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 {
+			return f, fmt.Errorf("limit %q is no number of decisions", text)
+		}
+		f.Limit = n
+	}
+	return f, nil
 }
 
 func done(w http.ResponseWriter, err error) {

@@ -53,6 +53,8 @@ type Scope struct {
 	Protected bool `json:"protected"`
 	// Problems say why the scope is not, or not fully, protected.
 	Problems []string `json:"problems"`
+	// Limits are what the capture back end cannot do for the scope even when all is well.
+	Limits []string `json:"limits,omitempty"`
 	// Uncovered are connections that were open before the scope was added.
 	Uncovered []Uncovered `json:"uncovered"`
 }
