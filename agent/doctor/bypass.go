@@ -1,7 +1,7 @@
 package doctor
 
 import (
-	"os"
+	"slices"
 	"strings"
 )
 
@@ -39,7 +39,7 @@ func (e *examination) bypass() {
 		"not refused: no sock_create hook")
 	row("raw IP sockets", hooks, "refused in enforcing scopes",
 		"not refused: no sock_create hook; take CAP_NET_RAW from workloads (hand-made TCP segments meet the packet filter like any other)")
-	lsm := bpfLSM()
+	lsm := e.bpfLSM()
 	row("packet, vsock, XDP and TIPC sockets", false, "",
 		"not refused ("+lsmText(lsm)+"): take CAP_NET_RAW from workloads, and block the modules")
 	row("sockets received from outside the scope", hooks, "who made the socket and who uses it must both be uncovered for it to pass",
@@ -56,17 +56,9 @@ func (e *examination) bypass() {
 }
 
 // bpfLSM reports whether BPF LSM programs run on this boot.
-func bpfLSM() bool {
-	data, err := os.ReadFile("/sys/kernel/security/lsm")
-	if err != nil {
-		return false
-	}
-	for _, name := range strings.Split(strings.TrimSpace(string(data)), ",") {
-		if name == "bpf" {
-			return true
-		}
-	}
-	return false
+func (e *examination) bpfLSM() bool {
+	text, err := e.host.lsm()
+	return err == nil && slices.Contains(strings.Split(strings.TrimSpace(text), ","), "bpf")
 }
 
 func lsmText(active bool) string {

@@ -38,7 +38,7 @@ type Check struct {
 type Report struct {
 	// OK is false when something is broken: the agent cannot protect this host as it is.
 	OK bool `json:"ok"`
-	// Capture is the back end an agent with default settings would use.
+	// Capture is the back end an agent with these settings would use, or "none".
 	Capture string  `json:"capture"`
 	Checks  []Check `json:"checks"`
 }
@@ -49,17 +49,25 @@ type Options struct {
 	MetricsListen, ReadinessListen string
 	// Capture is the back end asked for in the settings, or auto.
 	Capture string
+	// OnlyWatch says that no scope of the settings is in another mode than watch,
+	// which needs nothing of the kernel.
+	OnlyWatch bool
 	// AgentPID is the running agent, whose ports are no clash; zero for none.
 	AgentPID int
 }
 
 // Run looks at the host. It returns within ctx or a few seconds.
-func Run(ctx context.Context, o Options) Report {
-	e := &examination{ctx: ctx, options: o}
+func Run(ctx context.Context, o Options) Report { return examine(ctx, o, thisHost()) }
+
+func examine(ctx context.Context, o Options, h host) Report {
+	e := &examination{ctx: ctx, options: o, host: h}
 	e.privilege()
 	e.kernel()
 	e.iptables()
-	e.host()
+	e.cgroups()
+	e.ipv6()
+	e.descriptors()
+	e.clock()
 	e.ports()
 	e.firewall()
 	e.owners()
@@ -79,9 +87,11 @@ func Run(ctx context.Context, o Options) Report {
 type examination struct {
 	ctx     context.Context
 	options Options
+	host    host
 	checks  []Check
 
 	root   bool
+	leaf   bool // cgroup v2 is there
 	ebpf   bool // all that the eBPF back end requires is there
 	packet bool // iptables works
 }
@@ -91,7 +101,7 @@ func (e *examination) add(c Check) { e.checks = append(e.checks, c) }
 // kernel reports each feature of the kernel that capture uses.
 func (e *examination) kernel() {
 	e.ebpf = true
-	for _, f := range bpf.Probe() {
+	for _, f := range e.host.probe() {
 		c := Check{Group: "kernel", Name: f.Name, State: Found}
 		switch f.Answer {
 		case bpf.No:
@@ -107,20 +117,24 @@ func (e *examination) kernel() {
 	}
 }
 
-// capture says which back end an agent would use.
+// capture says which back end an agent would use. Nothing can be redirected
+// without a cgroup of the agent's own.
 func (e *examination) capture() string {
+	hooks, rules := e.ebpf && e.root && e.leaf, e.packet && e.root && e.leaf
 	switch want := e.options.Capture; {
 	case want == "observe":
 		return "observe"
-	case want == "iptables" && e.packet, want == "ebpf" && e.ebpf:
+	case want == "iptables" && rules, want == "ebpf" && hooks:
 		return want
 	case want == "iptables", want == "ebpf":
 		return "none"
-	case e.ebpf && e.root:
+	case hooks:
 		return "ebpf"
-	case e.packet && e.root:
+	case e.options.OnlyWatch:
+		return "observe"
+	case rules:
 		return "iptables"
 	default:
-		return "observe"
+		return "none"
 	}
 }

@@ -1,55 +1,79 @@
 package doctor
 
 import (
-	"context"
-	"errors"
-	"os/exec"
+	"regexp"
+	"strconv"
 	"strings"
+
+	"ringfence.dev/agent/capture"
 )
 
-// rulesOf reads the packet filter of this network namespace through whatever
-// tool is there. No tool means that nobody wrote rules with one.
-func rulesOf(ctx context.Context) (string, error) {
-	var all strings.Builder
-	var failed []error
-	tried := 0
-	for _, args := range [][]string{{"nft", "list", "ruleset"}, {"iptables-legacy-save"}, {"iptables-save"}} {
-		path, err := exec.LookPath(args[0])
-		if err != nil {
-			continue
-		}
-		tried++
-		out, err := exec.CommandContext(ctx, path, args[1:]...).Output()
-		if err != nil {
-			failed = append(failed, errors.New(strings.Join(args, " ")+": "+err.Error()))
-			continue
-		}
-		all.Write(out)
-		all.WriteByte('\n')
+// firewall looks for a packet filter that closes the tunnel's port.
+func (e *examination) firewall() {
+	c := Check{Group: "network", Name: "firewall before port 15008", State: Found, Detail: "none that closes it"}
+	text, err := e.host.rules(e.ctx)
+	switch {
+	case err != nil:
+		c.State, c.Detail = Unknown, err.Error()
+	case closes(text):
+		c.State, c.Detail = Warning, "incoming connections to port 15008 are dropped or rejected"
+		c.Cost = "other hosts' agents cannot reach this one"
+		c.Fix = "allow TCP port 15008 from the hosts of your mesh, such as: nft insert rule inet filter input tcp dport 15008 accept"
 	}
-	if tried > 0 && len(failed) == tried {
-		return "", errors.Join(failed...)
-	}
-	return all.String(), nil
+	e.add(c)
 }
 
-// closes reports whether rules, in nft's or iptables-save's language, drop what
-// comes in by default without saying a word of port 15008. It errs on the
-// side of a needless warning: a rule for a range of ports is not understood.
+// closes reports whether rules, in nft's or iptables-save's language, keep
+// connections from port 15008: by a rule that names it, or by default while no
+// rule lets it in. It is a reader of rules, not the kernel: sets, maps and jumps
+// are not followed, and in doubt it warns.
 func closes(rules string) bool {
-	if strings.Contains(rules, "15008") {
-		return false
-	}
+	shut, input := false, false
 	for _, line := range strings.Split(rules, "\n") {
 		line = strings.TrimSpace(line)
-		if strings.HasPrefix(line, ":INPUT DROP") {
+		switch {
+		case strings.Contains(strings.ToLower(line), "ringfence"):
+			continue // our own rules say nothing of somebody's firewall
+		case namesTunnel(line) && accepts.MatchString(line):
+			return false
+		case namesTunnel(line) && refuses.MatchString(line):
 			return true
+		case strings.HasPrefix(line, "chain "):
+			input = false
+		case strings.HasPrefix(line, "type filter hook input"):
+			input = true
+			shut = shut || strings.Contains(line, "policy drop")
+		case strings.HasPrefix(line, ":INPUT DROP"), strings.HasPrefix(line, "-A INPUT") && lastVerdict(line):
+			shut = true
+		case input && bareVerdict.MatchString(line):
+			shut = true
 		}
-		if strings.HasPrefix(line, "type filter hook input") && strings.Contains(line, "policy drop") {
-			return true
-		}
-		if strings.HasPrefix(line, "-A INPUT") && lastVerdict(line) {
-			return true
+	}
+	return shut
+}
+
+var (
+	accepts = regexp.MustCompile(`(^|\s)(-j ACCEPT|accept)(\s|$)`)
+	refuses = regexp.MustCompile(`(^|\s)(-j (DROP|REJECT)|drop|reject)(\s|$)`)
+	// bareVerdict is an nft rule that refuses whatever reaches it.
+	bareVerdict = regexp.MustCompile(`^(counter( packets \d+ bytes \d+)? )?(drop|reject( with .*)?)$`)
+	// ports is what follows the name of destination ports: numbers, lists, ranges.
+	ports = regexp.MustCompile(`dports?\s+(\{[^}]*\}|\S+)`)
+	spans = regexp.MustCompile(`(\d+)(?:\s*[-:]\s*(\d+))?`)
+)
+
+// namesTunnel reports whether a rule matches the tunnel's port by number or range.
+func namesTunnel(line string) bool {
+	for _, m := range ports.FindAllStringSubmatch(line, -1) {
+		for _, span := range spans.FindAllStringSubmatch(m[1], -1) {
+			lo, _ := strconv.Atoi(span[1]) // digits; too many of them are no port
+			hi := lo
+			if span[2] != "" {
+				hi, _ = strconv.Atoi(span[2])
+			}
+			if lo <= capture.TunnelPort && capture.TunnelPort <= hi {
+				return true
+			}
 		}
 	}
 	return false

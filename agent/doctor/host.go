@@ -3,19 +3,16 @@ package doctor
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"ringfence.dev/bpf"
 	fw "ringfence.dev/cni/iptables"
-	"ringfence.dev/cni/netns"
 )
 
 func (e *examination) privilege() {
-	e.root = os.Geteuid() == 0
+	e.root = e.host.euid() == 0
 	c := Check{Group: "host", Name: "root", State: Found}
 	if !e.root {
 		c.State, c.Fix = Broken, "run this, and the agent, as root: much of what follows cannot be told without"
@@ -26,13 +23,9 @@ func (e *examination) privilege() {
 func (e *examination) iptables() {
 	c := Check{Group: "kernel", Name: "iptables", State: Found,
 		Detail: "used only where eBPF is not: who is calling is then found after the fact, through socket tables and /proc, which is weaker evidence than the connect hook's"}
-	tools, err := fw.Find(e.ctx)
+	names, err := e.host.variants(e.ctx)
 	if err == nil {
 		e.packet = true
-		var names []string
-		for _, v := range tools.Variants() {
-			names = append(names, string(v))
-		}
 		c.Detail = strings.Join(names, " and ") + "; " + c.Detail
 	} else {
 		c.State, c.Detail = Missing, err.Error()
@@ -48,63 +41,62 @@ func (e *examination) iptables() {
 // minDescriptors is two sockets each for ten thousand connections, and what else is open.
 const minDescriptors = 20_480
 
-func (e *examination) host() {
+func (e *examination) cgroups() {
 	c := Check{Group: "host", Name: "cgroup v2", State: Found}
-	root, err := bpf.CgroupRoot()
-	c.Detail = root
+	root, err := e.host.cgroupRoot()
+	c.Detail, e.leaf = root, err == nil
 	if err != nil {
 		c.State, c.Detail, c.Cost = Broken, err.Error(), "the agent cannot tell its own connections from the workloads', so nothing can be redirected"
-		c.Fix = "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified"
+		c.Fix = "mount it: mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
 	}
 	e.add(c)
+}
 
-	c = Check{Group: "host", Name: "IPv6", State: Found}
-	if fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+func (e *examination) ipv6() {
+	c := Check{Group: "host", Name: "IPv6", State: Found}
+	if err := e.host.ipv6(); err != nil {
 		c.State, c.Detail, c.Cost = Missing, err.Error(), "nothing: programs have no IPv6 either"
-	} else {
-		unix.Close(fd)
 	}
 	e.add(c)
+}
 
-	c = Check{Group: "host", Name: "descriptors", State: Found}
-	var lim unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+func (e *examination) descriptors() {
+	c := Check{Group: "host", Name: "descriptors", State: Found}
+	most, err := e.host.nofile()
+	if err != nil {
 		c.State, c.Detail = Unknown, err.Error()
-	} else if c.Detail = fmt.Sprintf("hard limit %d", lim.Max); lim.Max < minDescriptors {
-		c.State, c.Cost = Warning, fmt.Sprintf("about %d connections at once", lim.Max/2)
+	} else if c.Detail = fmt.Sprintf("hard limit %d", most); most < minDescriptors {
+		c.State, c.Cost = Warning, fmt.Sprintf("about %d connections at once", most/2)
 		c.Fix = "raise LimitNOFILE of the agent's unit"
 	}
 	e.add(c)
-	e.add(clock())
 }
 
-// clock asks the kernel whether something keeps its time right (adjtimex(2)).
-func clock() Check {
+func (e *examination) clock() {
 	c := Check{Group: "host", Name: "clock", State: Found}
-	var t unix.Timex
-	state, err := unix.Adjtimex(&t)
-	switch {
+	state, err := e.host.adjtime()
+	switch now := e.host.now(); {
+	case now.Year() < 2025:
+		c.State, c.Detail = Broken, "the clock says "+now.Format(time.DateOnly)
+		c.Cost, c.Fix = "certificates cannot be valid", "set the clock"
 	case err != nil:
 		c.State, c.Detail = Unknown, err.Error()
-	case time.Now().Year() < 2025:
-		c.State, c.Detail = Broken, "the clock says "+time.Now().Format(time.DateOnly)
-		c.Cost, c.Fix = "certificates cannot be valid", "set the clock"
 	case state == unix.TIME_ERROR:
 		c.State, c.Detail = Warning, "nothing keeps the clock synchronized"
-		c.Cost = "when clocks drift apart by more than 30 s certificates are refused at their edges"
+		c.Cost = "when clocks drift apart certificates are refused at their edges"
 		c.Fix = "run an NTP client, such as systemd-timesyncd or chrony"
 	}
-	return c
+	e.add(c)
 }
 
 // owners names other programs at the cgroup root: they see connections too, and some rewrite them.
 func (e *examination) owners() {
-	root, err := bpf.CgroupRoot()
+	root, err := e.host.cgroupRoot()
 	if err != nil {
 		return
 	}
 	c := Check{Group: "network", Name: "other BPF programs", State: Found, Detail: "none at the cgroup root"}
-	owners, err := bpf.Owners(root)
+	owners, err := e.host.owners(root)
 	if err != nil {
 		c.State, c.Detail = Unknown, err.Error()
 		e.add(c)
@@ -126,25 +118,6 @@ func (e *examination) owners() {
 		c.State, c.Detail = Warning, strings.Join(foreign, ", ")
 		c.Cost = "a service load balancer there (Cilium's socket LB, say) rewrites destinations before or after ringfence sees them"
 		c.Fix = "with Cilium set socketLB.hostNamespaceOnly=true"
-	}
-	e.add(c)
-}
-
-// firewall looks for a packet filter that closes the tunnel's port.
-func (e *examination) firewall() {
-	c := Check{Group: "network", Name: "firewall before port 15008", State: Found, Detail: "none that closes it"}
-	self, err := netns.Self()
-	if err == nil {
-		defer self.Close()
-		var text string
-		if text, err = rulesOf(e.ctx); err == nil && closes(text) {
-			c.State, c.Detail = Warning, "incoming connections are dropped or rejected by default, and no rule names port 15008"
-			c.Cost = "other hosts' agents cannot reach this one"
-			c.Fix = "allow TCP port 15008 from the hosts of your mesh, such as: nft add rule inet filter input tcp dport 15008 accept"
-		}
-	}
-	if err != nil {
-		c.State, c.Detail = Unknown, err.Error()
 	}
 	e.add(c)
 }

@@ -5,20 +5,11 @@ import (
 	"net/netip"
 
 	"ringfence.dev/agent/capture"
-	"ringfence.dev/attest/proc"
-	"ringfence.dev/attest/sockdiag"
-	"ringfence.dev/cni/netns"
 )
 
 // ports looks whether somebody else listens where the agent wants to.
 func (e *examination) ports() {
-	self, err := netns.Self()
-	if err != nil {
-		e.add(Check{Group: "network", Name: "ports", State: Unknown, Detail: err.Error()})
-		return
-	}
-	defer self.Close()
-	socks, err := sockdiag.Listeners(self)
+	all, err := e.host.listening()
 	if err != nil {
 		e.add(Check{Group: "network", Name: "ports", State: Unknown, Detail: err.Error()})
 		return
@@ -32,25 +23,25 @@ func (e *examination) ports() {
 		}
 	}
 	clash := false
-	for _, s := range socks {
-		use, ours := want[s.Source.Port()]
-		if !ours {
-			continue
-		}
-		holders, _ := proc.Holders(s.Inode) // without them the port alone is named
-		var pid uint32
-		if len(holders) > 0 {
-			pid = holders[0].PID
-		}
-		if e.options.AgentPID != 0 && pid == uint32(e.options.AgentPID) {
+	for _, l := range all {
+		use, wanted := want[l.at.Port()]
+		if !wanted || e.options.AgentPID != 0 && l.pid == uint32(e.options.AgentPID) {
 			continue
 		}
 		clash = true
-		e.add(Check{Group: "network", Name: fmt.Sprintf("port %d", s.Source.Port()), State: Broken,
-			Detail: fmt.Sprintf("%s is taken by process %d (%s)", s.Source, pid, use),
-			Fix:    "stop that program, or let it listen elsewhere; metrics and readiness can be moved in the settings"})
+		e.add(portClash(l, use))
 	}
 	if !clash {
 		e.add(Check{Group: "network", Name: "ports", State: Found, Detail: "15001, 15006, 15008, metrics and readiness are free or the agent's"})
 	}
+}
+
+func portClash(l listener, use string) Check {
+	by := "somebody who cannot be told from here"
+	if l.pid != 0 {
+		by = fmt.Sprintf("process %d", l.pid)
+	}
+	return Check{Group: "network", Name: fmt.Sprintf("port %d", l.at.Port()), State: Broken,
+		Detail: fmt.Sprintf("%s is taken by %s (wanted for %s)", l.at, by, use),
+		Fix:    "stop that program, or let it listen elsewhere; metrics and readiness can be moved in the settings"}
 }
