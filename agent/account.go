@@ -15,54 +15,59 @@ import (
 const maxExplained = 100
 
 // Decisions returns the newest records that the filter chooses, newest first.
-func (a *Agent) Decisions(f admin.Filter) any {
-	records := a.records(f)
+func (a *Agent) Decisions(f admin.Filter) (any, error) {
+	records, err := a.records(f)
 	if records == nil {
 		records = []decisionlog.Record{}
 	}
-	return records
+	return records, err
 }
 
 // Explain accounts for the decisions recorded under an id, or for the newest
 // one that the filter chooses.
 func (a *Agent) Explain(f admin.Filter) (any, error) {
-	var records []decisionlog.Record
-	if f.ID != "" {
-		id, err := authz.ParseID(f.ID)
-		if err != nil {
-			return nil, admin.BadRequest{Err: fmt.Errorf("%q: %w", f.ID, err)}
-		}
-		records = a.decisions.Find(id)
-	} else {
-		f.Limit = 1
-		records = a.records(f)
+	records, err := a.recordsToExplain(f)
+	if err != nil {
+		return nil, err
 	}
 	if len(records) == 0 {
 		return nil, fmt.Errorf("%w: no such decision is remembered here (the newest %d are; the log file has all of them)", admin.ErrNotFound, decisionlog.DefaultKeep)
 	}
-	out := make([]policy.Explanation, 0, len(records))
+	records = records[:min(len(records), maxExplained)]
+	out := make([]policy.Explanation, len(records))
 	for i, r := range records {
-		if i == maxExplained {
-			break
-		}
-		out = append(out, a.policies.Explain(r))
+		out[i] = a.policies.Explain(r)
 	}
 	return out, nil
 }
 
+func (a *Agent) recordsToExplain(f admin.Filter) ([]decisionlog.Record, error) {
+	if f.ID == "" {
+		f.Limit = 1
+		return a.records(f)
+	}
+	id, err := authz.ParseID(f.ID)
+	if err != nil {
+		return nil, admin.BadRequest{Err: fmt.Errorf("%q: %w", f.ID, err)}
+	}
+	return a.decisions.Find(id), nil
+}
+
+// refused is what a filter says for every effect but a permit.
+const refused = "refused"
+
 // records looks up what the filter chooses. A unit may be given as people say
 // it: with or without .service, or as an executable's name.
-func (a *Agent) records(f admin.Filter) []decisionlog.Record {
-	filter := decisionlog.Filter{Scope: f.Scope, Refused: f.Effect == "refused"}
-	var effect authz.Effect
+func (a *Agent) records(f admin.Filter) ([]decisionlog.Record, error) {
+	filter := decisionlog.Filter{Scope: f.Scope, Refused: f.Effect == refused}
 	if f.Effect != "" && !filter.Refused {
-		if effect.UnmarshalText([]byte(f.Effect)) != nil {
-			return nil
+		filter.Effect = new(authz.Effect)
+		if err := filter.Effect.UnmarshalText([]byte(f.Effect)); err != nil {
+			return nil, admin.BadRequest{Err: fmt.Errorf("effect %q is none of permit, deny, would_deny, %s", f.Effect, refused)}
 		}
-		filter.Effect = &effect
 	}
 	if f.Unit == "" {
-		return a.decisions.Last(filter, f.Limit)
+		return a.decisions.Last(filter, f.Limit), nil
 	}
 	var chosen []decisionlog.Record
 	for _, r := range a.decisions.Last(filter, decisionlog.DefaultKeep) {
@@ -72,7 +77,7 @@ func (a *Agent) records(f admin.Filter) []decisionlog.Record {
 			}
 		}
 	}
-	return chosen
+	return chosen, nil
 }
 
 func callerIs(r decisionlog.Record, name string) bool {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -54,9 +56,13 @@ func newAddresses(ns *netns.Handle) (*addresses, error) {
 // Close ends Run and frees the netlink socket.
 func (a *addresses) Close() error { return a.file.Close() }
 
+// retryAfter is the pause before the tables are read again when that failed: a
+// dump that is interrupted by another change is an error too.
+const retryAfter = 100 * time.Millisecond
+
 // run keeps the state fresh until Close. Messages are only a sign that something
 // changed: a lost one (ENOBUFS) is a sign too, so nothing is ever missed.
-func (a *addresses) run(ctx context.Context, changed func()) error {
+func (a *addresses) run(ctx context.Context, log *slog.Logger, changed func()) error {
 	rc, err := a.file.SyscallConn()
 	if err != nil {
 		return err
@@ -76,8 +82,13 @@ func (a *addresses) run(ctx context.Context, changed func()) error {
 		if rerr != nil && !errors.Is(rerr, unix.ENOBUFS) {
 			return fmt.Errorf("follow addresses: %w", rerr)
 		}
-		if err := a.refresh(); err != nil {
-			return err
+		for err := a.refresh(); err != nil; err = a.refresh() {
+			log.Debug("read addresses again", "err", err)
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(retryAfter):
+			}
 		}
 		changed()
 	}

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/agent/capture/ebpf"
 	"ringfence.dev/agent/capture/iptables"
@@ -25,7 +27,7 @@ import (
 // joinLeaf makes sure that the agent is alone in its cgroup: that leaf is the
 // loop guard of every back end. A service manager's cgroup that holds nobody
 // else is one already.
-func (a *Agent) joinLeaf() error {
+func (a *Agent) joinLeaf(closers *stack) error {
 	root, err := bpf.CgroupRoot()
 	if err != nil {
 		a.log.Warn("no cgroup v2 on this host: only watching works", "err", err)
@@ -35,13 +37,44 @@ func (a *Agent) joinLeaf() error {
 	if err != nil {
 		return err
 	}
+	leaf := own
 	if own == "/" || !aloneIn(filepath.Join(root, own)) {
-		own = "/" + leafName(a.settings.Instance)
+		leaf = leafBeside(own, a.settings.Instance)
 	}
-	if a.leaf, err = ebpf.JoinLeaf(root, own); err != nil {
+	if a.leaf, err = ebpf.JoinLeaf(root, leaf); err != nil {
 		return fmt.Errorf("move into a cgroup of our own: %w", err)
 	}
-	a.leafPath = own
+	a.leafPath = leaf
+	if leaf != own {
+		closers.push("cgroup", func() error {
+			if a.keep {
+				return nil // rules that stay name it
+			}
+			return leaveLeaf(filepath.Join(root, own), filepath.Join(root, leaf))
+		})
+	}
+	return nil
+}
+
+// leafBeside says where the agent goes that is not alone in its cgroup. Inside a
+// service it stays below the service's own, where the service manager looks for it.
+func leafBeside(own, instance string) string {
+	if strings.HasSuffix(own, ".service") {
+		return own + "/" + leafName(instance)
+	}
+	return "/" + leafName(instance)
+}
+
+// leaveLeaf goes back to where the process was started and removes the leaf.
+// Either may be impossible by now (somebody removed the one, a guard is still in
+// the other); the leaf is then left to the next start or to Cleanup.
+func leaveLeaf(home, leaf string) error {
+	if err := os.WriteFile(filepath.Join(home, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0o644); err != nil {
+		return nil
+	}
+	if err := os.Remove(leaf); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	return nil
 }
 
@@ -71,7 +104,10 @@ func aloneIn(dir string) bool {
 }
 
 // openBackend chooses by trying: what loads and attaches is what the kernel can do.
-func (a *Agent) openBackend(ctx context.Context, closers *stack) error {
+func (a *Agent) openBackend(ctx context.Context, closers *stack) (err error) {
+	if a.keep, err = a.keepsBefore(); err != nil {
+		return err
+	}
 	kind := a.settings.Capture
 	if kind == "auto" || kind == "ebpf" {
 		b, err := ebpf.New(ebpf.Config{
@@ -86,8 +122,12 @@ func (a *Agent) openBackend(ctx context.Context, closers *stack) error {
 		}
 		a.backendReason = "no eBPF: " + err.Error()
 	}
-	if kind == "auto" && a.onlyWatches() {
-		a.useBackend(observe.New(), a.backendReason+"; scopes are only watched, so socket tables are sampled and no packet filter is loaded", closers)
+	watching, err := a.onlyWatches()
+	if err != nil {
+		return err
+	}
+	if kind == "auto" && watching {
+		a.useBackend(observe.New(), a.backendReason+"; scopes are only watched: "+sampling, closers)
 		return nil
 	}
 	if kind == "auto" || kind == "iptables" {
@@ -99,9 +139,11 @@ func (a *Agent) openBackend(ctx context.Context, closers *stack) error {
 		}
 		return fmt.Errorf("capture iptables: %w (`ringfence doctor` tells what is missing)", err)
 	}
-	a.useBackend(observe.New(), "chosen in the settings", closers)
+	a.useBackend(observe.New(), "chosen in the settings: "+sampling, closers)
 	return nil
 }
+
+const sampling = "socket tables are sampled once a second, no packet filter is loaded"
 
 // openIptables starts the back end with its guard, a process of this same
 // program that acts when the agent is gone.
@@ -133,29 +175,66 @@ func Guard(ctx context.Context, log *slog.Logger) error {
 
 func (a *Agent) useBackend(b capture.Backend, why string, closers *stack) {
 	a.backend, a.backendReason = b, why
-	closers.push("capture", func() error { return b.Close(!a.enforced) })
+	closers.push("capture", func() error { return b.Close(!a.keep) })
 }
 
-func (a *Agent) onlyWatches() bool {
-	for _, s := range a.settings.Scopes {
+// onlyWatches reports whether neither the settings nor the last run have a scope
+// in another mode than watch.
+func (a *Agent) onlyWatches() (bool, error) {
+	saved, err := a.savedScopes()
+	for _, s := range saved {
 		if s.Mode != authz.Watch {
-			return false
+			return false, err
 		}
 	}
-	return true
+	return a.settings.OnlyWatches(), err
+}
+
+// keepsBefore settles what a start that fails does with the kernel's state: when
+// this instance has some already and is meant to enforce, it is a dead
+// predecessor's protection and stays.
+func (a *Agent) keepsBefore() (bool, error) {
+	if _, err := os.Stat(filepath.Join(bpf.DefaultPinRoot, a.settings.Instance)); err != nil {
+		return false, nil // nothing there, so nothing to keep
+	}
+	saved, err := loadScopes(a.settings.StateDir)
+	if err != nil {
+		return false, err
+	}
+	for _, s := range saved {
+		if s.Mode == authz.Enforce {
+			return true, nil
+		}
+	}
+	for _, s := range a.settings.Scopes {
+		if s.Mode == authz.Enforce {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // Cleanup removes what a stopped agent left in the kernel: pinned programs,
 // packet filter rules, its cgroup. Its scopes are open afterwards. Cleaning up
 // twice, or after nothing, is no error.
+//
+// A running agent is not touched: it is an error.
 func Cleanup(ctx context.Context, s Settings) error {
+	lock, err := lockInstance(s.Instance)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	var errs []error
 	if err := bpf.Cleanup(bpf.DefaultPinRoot, s.Instance); err != nil {
 		errs = append(errs, err)
 	}
 	scopes, err := loadScopes(s.StateDir)
 	errs = append(errs, err)
-	for _, sc := range append(scopes, s.Scopes...) {
+	for _, sc := range scopes {
+		errs = append(errs, cleanupRules(ctx, sc.ScopeSettings))
+	}
+	for _, sc := range s.Scopes {
 		errs = append(errs, cleanupRules(ctx, sc))
 	}
 	errs = append(errs, saveScopes(s.StateDir, nil))

@@ -32,6 +32,9 @@ func (a *Agent) Check(ctx context.Context, scope, peer string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	if peer == "" {
+		return nil, admin.BadRequest{Err: errors.New("name the peer to check")}
+	}
 	r := &admin.CheckReport{Scope: sc.settings.Name, Peer: peer}
 	step := func(name, detail, fix string, err error) bool {
 		s := admin.CheckStep{Name: name, OK: err == nil, Detail: detail}
@@ -73,33 +76,43 @@ func (a *Agent) Check(ctx context.Context, scope, peer string) (any, error) {
 	return r, nil
 }
 
+// scopeForCheck returns the scope named, or else the first that has listeners,
+// or else the first.
 func (a *Agent) scopeForCheck(name string) (*scope, error) {
+	if name != "" {
+		return a.scopeNamed(name)
+	}
+	all := a.scopeList()
+	if len(all) == 0 {
+		return nil, admin.BadRequest{Err: errors.New("the agent has no scope to look from: add one with `ringfence scope add`")}
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if name == "" {
-		for _, sc := range a.scopes {
+	for _, sc := range all {
+		if sc.relay != nil {
 			return sc, nil
 		}
-		return nil, admin.BadRequest{Err: errors.New("the agent has no scope to look from")}
 	}
-	if sc := a.scopes[name]; sc != nil {
-		return sc, nil
-	}
-	return nil, fmt.Errorf("scope %q: %w", name, admin.ErrNotFound)
+	return all[0], nil
 }
 
 // resolvePeer takes an address or a name. Names are resolved by the host's own resolver.
 func resolvePeer(ctx context.Context, peer string) (netip.Addr, error) {
-	if ip, err := netip.ParseAddr(strings.Trim(peer, "[]")); err == nil {
-		return ip.Unmap(), nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
-	defer cancel()
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", peer)
+	ip, err := netip.ParseAddr(strings.Trim(peer, "[]"))
 	if err != nil {
-		return netip.Addr{}, err
+		ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+		defer cancel()
+		ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", peer)
+		if err != nil {
+			return netip.Addr{}, err
+		}
+		ip = ips[0]
 	}
-	return ips[0].Unmap(), nil
+	ip = ip.Unmap()
+	if ip.Zone() != "" || !ip.IsValid() || ip.IsUnspecified() || ip.IsMulticast() {
+		return netip.Addr{}, fmt.Errorf("%s is no address that agents use with one another", ip)
+	}
+	return ip, nil
 }
 
 // dialForCheck connects from inside the scope, as the relay would.

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -117,7 +119,7 @@ type DecisionLogConfig struct {
 
 // SVIDConfig is about the certificates of workloads.
 type SVIDConfig struct {
-	// TTL is the life of an X.509-SVID, from one minute to a day. Default 1h.
+	// TTL is the life of an X.509-SVID, from one second to a day. Default 1h.
 	TTL Duration `yaml:"ttl"`
 }
 
@@ -170,10 +172,53 @@ func ParseConfig(data []byte) (Config, error) {
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	dec.KnownFields(true)
 	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return Config{}, err
+		return Config{}, plain(err)
 	}
-	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+	switch err := dec.Decode(new(yaml.Node)); {
+	case err == nil:
 		return Config{}, errors.New("more than one YAML document")
+	case !errors.Is(err, io.EOF):
+		return Config{}, plain(err)
 	}
 	return c, nil
+}
+
+// The YAML package speaks of Go types, which are nothing to an operator.
+var (
+	unknownKey  = regexp.MustCompile(`^line (\d+): field (.*) not found in type \S+$`)
+	repeatedKey = regexp.MustCompile(`^line (\d+): mapping key (.*) already defined at line (\d+)$`)
+	wrongType   = regexp.MustCompile(`^line (\d+): cannot unmarshal (.*) into (\S+)$`)
+)
+
+func plain(err error) error {
+	var typed *yaml.TypeError
+	if !errors.As(err, &typed) {
+		return err
+	}
+	var errs []error
+	for _, text := range typed.Errors {
+		text = unknownKey.ReplaceAllString(text, `line $1: unknown key "$2"`)
+		text = repeatedKey.ReplaceAllString(text, `line $1: key $2 is there twice, first in line $3`)
+		if m := wrongType.FindStringSubmatch(text); m != nil {
+			text = fmt.Sprintf("line %s: %s where %s is wanted", m[1], m[2], wanted(m[3]))
+		}
+		errs = append(errs, errors.New(text))
+	}
+	return errors.Join(errs...)
+}
+
+// wanted puts a Go type in an operator's words.
+func wanted(typ string) string {
+	switch {
+	case strings.HasPrefix(typ, "[]"):
+		return "a list"
+	case strings.HasPrefix(typ, "int"):
+		return "a whole number"
+	case typ == "bool":
+		return "true or false"
+	case typ == "string":
+		return "text"
+	default:
+		return "a set of keys"
+	}
 }

@@ -9,9 +9,12 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/attest/cgroup"
@@ -31,6 +34,9 @@ type cover struct {
 	backend  capture.Backend
 	log      *slog.Logger
 	watcher  *fsnotify.Watcher
+
+	writing sync.Mutex            // held from looking at the tree to writing the table, so that an old look is not written last
+	failed  atomic.Pointer[error] // of the latest refresh; nil or a nil error is fine
 }
 
 // settle waits for the rest of a burst of changes: a service manager makes
@@ -90,8 +96,37 @@ func (c *cover) all() bool {
 	return len(c.settings.Cgroups)+len(c.settings.Units)+len(c.settings.ExceptUnits) == 0
 }
 
-// refresh walks the tree, watches what is new in it, and writes the table.
+// coversID decides for a cgroup id. One that cannot be found any more counts as covered.
+func (c *cover) coversID(id uint64) bool {
+	if c.all() || id == 0 {
+		return true
+	}
+	p, err := c.tree.Path(id)
+	return err != nil || c.covers(p)
+}
+
+// refresh looks at the tree and writes the table.
 func (c *cover) refresh() error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	table, err := c.table()
+	if err == nil {
+		err = c.backend.SetCgroups(c.scope, table)
+	}
+	c.failed.Store(&err)
+	return err
+}
+
+// problem says why the table may be behind; empty when it is not.
+func (c *cover) problem() string {
+	if err := c.failed.Load(); err != nil && *err != nil {
+		return "the table of covered cgroups is not up to date, new ones are captured whatever the patterns say: " + (*err).Error()
+	}
+	return ""
+}
+
+// table walks the tree, and follows what is new in it.
+func (c *cover) table() ([]capture.Cgroup, error) {
 	var table []capture.Cgroup
 	root := c.tree.Root()
 	err := filepath.WalkDir(root, func(dir string, d fs.DirEntry, err error) error {
@@ -102,6 +137,10 @@ func (c *cover) refresh() error {
 			return err
 		}
 		p := "/" + strings.TrimPrefix(strings.TrimPrefix(dir, root), "/")
+		// Followed before it is read, so that no child is made in between unseen.
+		if err := c.follow(dir); err != nil {
+			return err
+		}
 		id, err := c.tree.ID(p)
 		if errors.Is(err, cgroup.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
 			return nil
@@ -109,16 +148,25 @@ func (c *cover) refresh() error {
 		if err != nil {
 			return err
 		}
-		if err := c.watcher.Add(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("follow cgroup %s: %w", p, err)
-		}
 		table = append(table, capture.Cgroup{ID: id, Path: p, Covered: c.covers(p)})
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("walk the cgroup tree: %w", err)
+		return nil, fmt.Errorf("walk the cgroup tree: %w", err)
 	}
-	return c.backend.SetCgroups(c.scope, table)
+	return table, nil
+}
+
+func (c *cover) follow(dir string) error {
+	err := c.watcher.Add(dir)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("follow cgroup %s: the limit of inotify watches is reached: raise fs.inotify.max_user_watches", dir)
+	default:
+		return fmt.Errorf("follow cgroup %s: %w", dir, err)
+	}
 }
 
 // run keeps the table fresh until ctx ends.
@@ -160,34 +208,41 @@ type coveringDecider struct {
 }
 
 func (d coveringDecider) Open(c authz.Connection) (authz.Session, error) {
-	if d.a.uncoveredCaller(c.Scope, c.Side, c.Source.PID) {
+	if d.a.uncoveredCaller(c) {
 		return uncoveredSession{c.ID}, nil
 	}
 	return d.Decider.Open(c)
 }
 
-// uncoveredCaller reports whether the calling process of an outbound connection
-// is one that its host scope leaves alone. What cannot be told counts as covered.
-func (a *Agent) uncoveredCaller(scope string, side authz.Side, pid uint32) bool {
-	if side == authz.Ingress || pid == 0 {
+// uncoveredCaller reports whether the calling program is one that its host scope
+// leaves alone. What cannot be told counts as covered. Only the caller's side is
+// let off: where the service is on this host too, its protection decides.
+func (a *Agent) uncoveredCaller(c authz.Connection) bool {
+	if c.Side != authz.Egress || c.Source.PID == 0 {
 		return false
 	}
-	a.mu.Lock()
-	sc := a.scopes[scope]
-	a.mu.Unlock()
-	if sc == nil || sc.cover == nil || sc.cover.all() {
+	sc, err := a.scopeNamed(c.Scope)
+	if err != nil || sc.cover == nil || sc.cover.all() {
 		return false
 	}
-	h, err := proc.New("").Open(pid)
+	return sc.cover.leavesAlone(c.Source)
+}
+
+// leavesAlone reads the cgroup of the calling process. The pid is not proof: its
+// process may have ended and another have got the number. So what is there now
+// must be the unit and the program that were attested.
+func (c *cover) leavesAlone(caller authz.Peer) bool {
+	h, err := proc.New("").Open(caller.PID)
 	if err != nil {
 		return false
 	}
 	defer h.Close()
 	cg, err := h.Cgroups()
-	if err != nil {
+	if err != nil || c.covers(cg.V2) || c.tree.Unit(cg.V2).Name != caller.Unit {
 		return false
 	}
-	return !sc.cover.covers(cg.V2)
+	exe, err := h.Exe()
+	return err == nil && exe.Path == caller.Exe
 }
 
 // uncoveredSession permits everything and records nothing.

@@ -7,38 +7,62 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
-	"golang.org/x/sync/errgroup"
+
+	"ringfence.dev/agent/admin"
 )
 
-// serveEndpoints opens metrics and readiness, where they are not off.
-func (a *Agent) serveEndpoints(ctx context.Context, g *errgroup.Group) error {
+// endpoint is a listener with what will answer on it.
+type endpoint struct {
+	listener net.Listener
+	handler  func(*Agent) http.Handler
+}
+
+// openEndpoints opens the admin socket, and metrics and readiness where they are
+// not off. They are open before anything is captured, so that a clash ends the
+// start early; they answer when everything is there.
+func (a *Agent) openEndpoints(closers *stack) ([]endpoint, error) {
+	ln, err := admin.Listen(a.settings.AdminSocket)
+	if err != nil {
+		return nil, err
+	}
+	closers.push("admin socket", closed(ln))
+	ends := []endpoint{{ln, func(a *Agent) http.Handler { return admin.Handler(a) }}}
 	for _, e := range []struct {
 		key, listen string
-		handler     http.Handler
+		handler     func(*Agent) http.Handler
 	}{
-		{"metrics", a.settings.MetricsListen, a.metricsHandler()},
-		{"readiness", a.settings.ReadinessListen, a.readinessHandler()},
+		{"metrics", a.settings.MetricsListen, (*Agent).metricsHandler},
+		{"readiness", a.settings.ReadinessListen, (*Agent).readinessHandler},
 	} {
 		if e.listen == "" {
 			continue
 		}
 		ln, err := net.Listen("tcp", e.listen)
 		if err != nil {
-			return fmt.Errorf("%s: %w: free the port, or set %s.listen to another one or to off", e.key, err, e.key)
+			return nil, fmt.Errorf("%s: %w: free the port, or set %s.listen to another one or to off", e.key, err, e.key)
 		}
-		g.Go(func() error { return serveHTTP(ctx, ln, e.handler) })
+		closers.push(e.key, closed(ln))
+		ends = append(ends, endpoint{ln, e.handler})
 	}
-	return nil
+	return ends, nil
+}
+
+// closed closes a listener that its server may have closed already.
+func closed(ln net.Listener) func() error {
+	return func() error {
+		if err := ln.Close(); !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	}
 }
 
 // serveHTTP serves until ctx ends; running requests get a second to finish.
 func serveHTTP(ctx context.Context, ln net.Listener, h http.Handler) error {
-	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10}
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
@@ -67,11 +91,8 @@ func (a *Agent) readinessHandler() http.Handler {
 	})
 }
 
-// followSignals reloads the policies on SIGHUP.
-func (a *Agent) followSignals(ctx context.Context) error {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
+// followSignals reloads policies and trust on SIGHUP.
+func (a *Agent) followSignals(ctx context.Context, hup <-chan os.Signal) error {
 	for {
 		select {
 		case <-ctx.Done():

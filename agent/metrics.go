@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"context"
 	"net/http"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -104,8 +106,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		c.a.mu.Lock()
 		name, mode := sc.settings.Name, sc.settings.Mode
 		c.a.mu.Unlock()
-		covered := mode == authz.Enforce && len(c.a.backend.Verify(name)) == 0
-		gauge(descScopes, float64(bit(covered)), name, mode.String())
+		whole := c.a.protection(context.Background(), sc, verifiedForMetrics).whole
+		gauge(descScopes, float64(bit(whole)), name, mode.String())
 	}
 	for _, t := range c.a.backend.Tables() {
 		gauge(descTables, float64(t.Entries), t.Name)
@@ -124,6 +126,6 @@ func (a *Agent) metricsHandler() http.Handler {
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collector{a}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 20 * time.Second}))
 	return mux
 }

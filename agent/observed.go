@@ -2,14 +2,13 @@ package agent
 
 import (
 	"cmp"
-	"context"
+	"container/list"
 	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
 	"ringfence.dev/agent/admin"
-	"ringfence.dev/agent/capture"
 	"ringfence.dev/attest/workload"
 	"ringfence.dev/proxy/flow"
 )
@@ -26,14 +25,24 @@ type observationKey struct {
 	peer  netip.AddrPort
 }
 
-// observed is the table of who talks to whom.
-type observed struct {
-	mu        sync.Mutex
-	pairs     map[observationKey]*admin.Observation
-	forgotten uint64
+type observation struct {
+	key observationKey
+	admin.Observation
 }
 
-func newObserved() *observed { return &observed{pairs: map[observationKey]*admin.Observation{}} }
+// observed is the table of who talks to whom. Peers choose what is in it (every
+// scan is new pairs), so adding and forgetting take the same time however full it is.
+type observed struct {
+	mu        sync.Mutex // held means that pairs and order agree
+	pairs     map[observationKey]*list.Element
+	order     *list.List // of *observation, the one silent for longest in front
+	forgotten uint64
+	max       int
+}
+
+func newObserved(most int) *observed {
+	return &observed{pairs: map[observationKey]*list.Element{}, order: list.New(), max: most}
+}
 
 // add records one sighting. For inbound traffic the peer's port says nothing and
 // is left out, or every connection would be a pair of its own.
@@ -45,44 +54,49 @@ func (o *observed) add(f flow.Flow, who workload.Identity, at time.Time, note st
 	key := observationKey{f.Scope, f.Direction, who.Name, peer}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	p := o.pairs[key]
-	if p == nil {
-		if len(o.pairs) >= maxObserved {
-			o.forgetOldestLocked()
+	e := o.pairs[key]
+	if e == nil {
+		if len(o.pairs) >= o.max {
+			o.forgetLocked(o.order.Front())
+			o.forgotten++
 		}
-		p = &admin.Observation{Scope: f.Scope, Direction: f.Direction.String(), Workload: who.Name,
-			Unit: who.Unit, Exe: who.Exe, Peer: peer.String(), First: at, Note: note}
-		if f.Direction == flow.Inbound {
-			p.Peer = peer.Addr().String()
-		}
-		if !who.ID.IsZero() {
-			p.ID = who.ID.String()
-		}
-		o.pairs[key] = p
+		e = o.order.PushBack(newObservation(key, f, who, at))
+		o.pairs[key] = e
 	}
-	p.Count++
-	p.Last = at
+	o.order.MoveToBack(e)
+	seen := e.Value.(*observation)
+	seen.Count++
+	seen.Last = at
+	seen.Note = note
 }
 
-func (o *observed) forgetOldestLocked() {
-	var oldest observationKey
-	var at time.Time
-	for k, p := range o.pairs {
-		if at.IsZero() || p.Last.Before(at) {
-			oldest, at = k, p.Last
-		}
+func newObservation(key observationKey, f flow.Flow, who workload.Identity, at time.Time) *observation {
+	seen := &observation{key: key, Observation: admin.Observation{
+		Scope: f.Scope, Direction: f.Direction.String(), Workload: who.Name,
+		Unit: who.Unit, Exe: who.Exe, Peer: key.peer.String(), First: at,
+	}}
+	if f.Direction == flow.Inbound {
+		seen.Peer = key.peer.Addr().String()
 	}
-	delete(o.pairs, oldest)
-	o.forgotten++
+	if !who.ID.IsZero() {
+		seen.ID = who.ID.String()
+	}
+	return seen
+}
+
+func (o *observed) forgetLocked(e *list.Element) {
+	delete(o.pairs, e.Value.(*observation).key)
+	o.order.Remove(e)
 }
 
 // forgetScope drops what was seen in a scope that was removed.
 func (o *observed) forgetScope(scope string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for k := range o.pairs {
-		if k.scope == scope {
-			delete(o.pairs, k)
+	for e, next := o.order.Front(), (*list.Element)(nil); e != nil; e = next {
+		next = e.Next()
+		if e.Value.(*observation).key.scope == scope {
+			o.forgetLocked(e)
 		}
 	}
 }
@@ -91,36 +105,14 @@ func (o *observed) forgetScope(scope string) {
 func (o *observed) list() ([]admin.Observation, uint64) {
 	o.mu.Lock()
 	all := make([]admin.Observation, 0, len(o.pairs))
-	for _, p := range o.pairs {
-		all = append(all, *p)
+	for e := o.order.Front(); e != nil; e = e.Next() {
+		all = append(all, e.Value.(*observation).Observation)
 	}
 	forgotten := o.forgotten
 	o.mu.Unlock()
 	slices.SortFunc(all, func(a, b admin.Observation) int {
 		return cmp.Or(cmp.Compare(a.Scope, b.Scope), cmp.Compare(a.Workload, b.Workload),
-			cmp.Compare(b.Count, a.Count), cmp.Compare(a.Peer, b.Peer))
+			cmp.Compare(b.Count, a.Count), cmp.Compare(a.Peer, b.Peer), cmp.Compare(a.Direction, b.Direction))
 	})
 	return all, forgotten
-}
-
-// event records what a capture back end saw in a scope that is only watched (or
-// that it left alone in another). Who it was is read at once, while the process lives.
-func (a *Agent) event(ctx context.Context, e capture.Event) {
-	switch e.Kind {
-	case capture.Connected, capture.Accepted, capture.Refused:
-	default:
-		return
-	}
-	who, err := a.watcher.Identify(ctx, e.Flow.Caller)
-	if err != nil || who.Name == "" {
-		who = workload.Identity{Name: e.Comm}
-	}
-	note := ""
-	switch {
-	case e.Kind == capture.Refused:
-		note = "refused by the kernel hook"
-	case e.Bypassing:
-		note = "left alone"
-	}
-	a.observed.add(e.Flow, who, e.Time, note)
 }

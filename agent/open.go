@@ -22,9 +22,6 @@ import (
 
 // open makes the parts, leaves first. What it opened is on closers, also when it fails.
 func (a *Agent) open(ctx context.Context, closers *stack) error {
-	if err := a.joinLeaf(); err != nil {
-		return err
-	}
 	if err := a.openIdentity(closers); err != nil {
 		return err
 	}
@@ -49,11 +46,19 @@ func (a *Agent) open(ctx context.Context, closers *stack) error {
 // openIdentity opens the certificate authority, making one at first start, the
 // store of SVIDs and the attestor.
 func (a *Agent) openIdentity(closers *stack) error {
+	if err := os.MkdirAll(a.settings.StateDir, 0o700); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
 	dir := filepath.Join(a.settings.StateDir, "ca")
 	if err := a.adoptTrustDomain(dir); err != nil {
 		return err
 	}
-	opts := ca.Options{Log: a.log}
+	issued, err := ca.OpenLog(filepath.Join(a.settings.StateDir, ca.LogName))
+	if err != nil {
+		return fmt.Errorf("issuance log: %w", err)
+	}
+	closers.push("issuance log", issued.Close)
+	opts := ca.Options{Log: a.log, Record: issued.Record}
 	created, err := ca.Init(dir, a.settings.TrustDomain, opts)
 	if err != nil {
 		return fmt.Errorf("certificate authority in %s: %w", dir, err)
@@ -81,6 +86,7 @@ func (a *Agent) openIdentity(closers *stack) error {
 	config := attest.Config{
 		TrustDomain: a.settings.TrustDomain, Host: a.settings.Host,
 		Entries: entries, UnitRoots: a.settings.UnitRoots,
+		ExecID: a.execID, Listens: a.listens,
 	}
 	if a.attestor, err = attest.New(config); err != nil {
 		return err

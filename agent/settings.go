@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -34,8 +36,10 @@ type Settings struct {
 	Entries          []Entry
 	UnitRoots        []string
 	Scopes           []ScopeSettings
-	MeshNetworks     []netip.Prefix // empty: the directly connected ones
-	Pins             map[netip.Addr]spiffeid.ID
+	// DefaultScopes tells that the settings name no scopes and the default one is used.
+	DefaultScopes bool
+	MeshNetworks  []netip.Prefix // empty: the directly connected ones
+	Pins          map[netip.Addr]spiffeid.ID
 
 	AdminSocket     string
 	MetricsListen   string // "" for off
@@ -49,6 +53,11 @@ type Settings struct {
 	DrainTimeout    time.Duration
 	Threads         int
 	LogLevel        slog.Level
+}
+
+// OnlyWatches reports whether no scope is in another mode than watch.
+func (s Settings) OnlyWatches() bool {
+	return !slices.ContainsFunc(s.Scopes, func(sc ScopeSettings) bool { return sc.Mode != authz.Watch })
 }
 
 // Entry is a checked registration entry.
@@ -124,9 +133,9 @@ func (c Config) Check() (Settings, error) {
 	for _, root := range s.UnitRoots {
 		bad("unit_roots", absolute(root))
 	}
-	s.MetricsListen, err = endpoint(s.MetricsListen)
+	s.MetricsListen, err = listenAddress(s.MetricsListen)
 	bad("metrics.listen", err)
-	s.ReadinessListen, err = endpoint(s.ReadinessListen)
+	s.ReadinessListen, err = listenAddress(s.ReadinessListen)
 	bad("readiness.listen", err)
 	if s.DecisionLog == "off" {
 		s.DecisionLog = ""
@@ -140,43 +149,85 @@ func (c Config) Check() (Settings, error) {
 	if c.LogLevel != "" {
 		bad("log_level", s.LogLevel.UnmarshalText([]byte(c.LogLevel)))
 	}
+	if s.MetricsListen != "" && s.MetricsListen == s.ReadinessListen {
+		bad("readiness.listen", fmt.Errorf("%s is metrics.listen too", s.ReadinessListen))
+	}
 	for _, id := range c.HTTP.EncodedSlashServices {
 		parsed, err := spiffeid.FromString(id)
 		bad("http.encoded_slash_services", err)
 		s.EncodedSlash = append(s.EncodedSlash, parsed)
 	}
 	for _, text := range c.MeshNetworks {
-		p, err := netip.ParsePrefix(text)
+		p, err := network4or6(text)
 		bad("mesh_networks", err)
-		s.MeshNetworks = append(s.MeshNetworks, p.Masked())
+		s.MeshNetworks = append(s.MeshNetworks, p)
 	}
-	s.Pins = map[netip.Addr]spiffeid.ID{}
-	for addr, id := range c.Pins {
-		a, err := netip.ParseAddr(addr)
-		bad("pins", err)
-		parsed, err := spiffeid.FromString(id)
-		bad("pins", err)
-		s.Pins[a.Unmap()] = parsed
-	}
+	s.Pins, err = c.pins()
+	bad("pins", err)
 	for i, e := range c.Entries {
 		entry, err := e.check()
+		if err == nil && s.TrustDomainGiven && entry.ID.TrustDomain() != s.TrustDomain {
+			err = fmt.Errorf("id %s is not in the trust domain %s", entry.ID, s.TrustDomain)
+		}
 		bad(fmt.Sprintf("entries[%d]", i), err)
 		s.Entries = append(s.Entries, entry)
 	}
-	if c.Scopes == nil {
-		c.Scopes = []ScopeConfig{{Name: "host", Host: true}}
-	}
-	seen := map[string]bool{}
-	for i, sc := range c.Scopes {
-		scope, err := sc.Check()
-		bad(fmt.Sprintf("scopes[%d]", i), err)
-		if seen[sc.Name] {
-			bad(fmt.Sprintf("scopes[%d]", i), fmt.Errorf("name %q is used twice", sc.Name))
+	c.checkScopes(&s, bad)
+	return s, errors.Join(errs...)
+}
+
+// pins maps addresses to IDs. IPv4 addresses written as IPv6 are the same
+// addresses, so that two IDs for one address are found.
+func (c Config) pins() (map[netip.Addr]spiffeid.ID, error) {
+	pins := map[netip.Addr]spiffeid.ID{}
+	var errs []error
+	for addr, id := range c.Pins {
+		a, err := netip.ParseAddr(addr)
+		parsed, idErr := spiffeid.FromString(id)
+		switch a = a.Unmap(); {
+		case err != nil || idErr != nil:
+			errs = append(errs, err, idErr)
+		case a.Zone() != "":
+			errs = append(errs, fmt.Errorf("%s: an address with a zone cannot be pinned", addr))
+		case !pins[a].IsZero():
+			errs = append(errs, fmt.Errorf("%s is pinned twice", a))
+		default:
+			pins[a] = parsed
 		}
-		seen[sc.Name] = true
+	}
+	return pins, errors.Join(errs...)
+}
+
+func (c Config) checkScopes(s *Settings, bad func(string, error)) {
+	if c.Scopes == nil {
+		c.Scopes, s.DefaultScopes = []ScopeConfig{{Name: "host", Host: true}}, true
+	}
+	names, places := map[string]bool{}, map[string]string{}
+	for i, sc := range c.Scopes {
+		key := fmt.Sprintf("scopes[%d]", i)
+		scope, err := sc.Check()
+		bad(key, err)
+		if names[sc.Name] {
+			bad(key, fmt.Errorf("name %q is used twice", sc.Name))
+		}
+		if other, taken := places[scope.Path]; taken && err == nil {
+			bad(key, fmt.Errorf("scope %q already covers that network namespace", other))
+		}
+		if s.Capture == "observe" && scope.Mode != authz.Watch {
+			bad(key, fmt.Errorf("mode %s cannot be had with capture: observe, which only watches", scope.Mode))
+		}
+		names[sc.Name], places[scope.Path] = true, sc.Name
 		s.Scopes = append(s.Scopes, scope)
 	}
-	return s, errors.Join(errs...)
+}
+
+// network4or6 reads a prefix. One of IPv4 addresses written as IPv6 would never match.
+func network4or6(text string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(text)
+	if err == nil && p.Addr().Is4In6() {
+		err = fmt.Errorf("%s: write an IPv4 network as such", text)
+	}
+	return p.Masked(), err
 }
 
 // Check checks one scope, from the settings file or from the admin socket.
@@ -205,6 +256,7 @@ func (c ScopeConfig) Check() (ScopeSettings, error) {
 	case c.PID != 0:
 		s.Path = fmt.Sprintf("/proc/%d/ns/net", c.PID)
 	case c.NetNS != "":
+		s.Path = filepath.Clean(c.NetNS)
 		errs = append(errs, absolute(c.NetNS))
 	}
 	if !c.Host && len(c.Cgroups)+len(c.Units)+len(c.ExceptUnits) > 0 {
@@ -261,15 +313,24 @@ func hostSegment(name string) (string, error) {
 	return name, spiffeid.ValidatePathSegment(name)
 }
 
-func endpoint(listen string) (string, error) {
+// listenAddress checks host:port, where the port is a number other than those
+// that every scope needs; "off" becomes empty.
+func listenAddress(listen string) (string, error) {
 	if listen == "off" {
 		return "", nil
 	}
-	_, port, err := net.SplitHostPort(listen)
-	if err == nil && port == "" {
-		err = errors.New("no port")
+	_, text, err := net.SplitHostPort(listen)
+	if err != nil {
+		return listen, err
 	}
-	return listen, err
+	port, err := strconv.ParseUint(text, 10, 16)
+	switch {
+	case err != nil:
+		return listen, fmt.Errorf("%q: the port is no number up to 65535", listen)
+	case agentPort(uint16(port)):
+		return listen, fmt.Errorf("%q: ports %d, %d and %d are for captured traffic", listen, capture.OutboundPort, capture.InboundPort, capture.TunnelPort)
+	}
+	return listen, nil
 }
 
 func absolute(p string) error {

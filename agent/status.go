@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"maps"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -11,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ringfence.dev/agent/admin"
-	"ringfence.dev/attest/sockdiag"
+	"ringfence.dev/bpf"
 	"ringfence.dev/policy/authz"
 )
 
@@ -28,8 +29,12 @@ func (a *Agent) Status(ctx context.Context) admin.Status {
 		s.Scopes = append(s.Scopes, st)
 		s.Workloads = append(s.Workloads, a.workloads(ctx, sc)...)
 	}
+	a.mu.Lock()
+	s.Problems = append(s.Problems, slices.Sorted(maps.Values(a.missing))...)
+	a.mu.Unlock()
 	a.relayStatus(&s)
 	a.policyStatus(&s)
+	a.captureCounters(&s)
 	s.Observations, s.ObservationsForgotten = a.observed.list()
 	s.Resources = a.resources(&s)
 	return s
@@ -49,70 +54,41 @@ func (a *Agent) scopeList() []*scope {
 
 func (a *Agent) scopeStatus(ctx context.Context, sc *scope) admin.Scope {
 	a.mu.Lock()
-	settings, uncovered, problems := sc.settings, sc.uncovered, slices.Clone(sc.problems)
+	settings := sc.settings
 	a.mu.Unlock()
-	st := admin.Scope{
+	p := a.protection(ctx, sc, verifiedForStatus)
+	return admin.Scope{
 		Name: settings.Name, Path: settings.Path, Host: settings.Host, Cookie: sc.ns.Cookie(),
-		Mode: settings.Mode, Loopback: settings.Loopback, Problems: problems,
-		Uncovered: a.stillUncovered(ctx, sc, uncovered),
+		Mode: settings.Mode, Loopback: settings.Loopback, Limits: a.limits(settings),
+		Protected: p.whole, Problems: p.problems, Uncovered: p.uncovered,
 	}
-	if settings.Mode != authz.Watch {
-		st.Problems = append(st.Problems, a.backend.Verify(settings.Name)...)
-		if !sc.addrs.state.Load().loUp {
-			st.Problems = append(st.Problems, "the loopback interface is down, so nothing can be redirected: run `ip link set lo up` in the namespace")
-		}
-		st.Protected = settings.Mode == authz.Enforce && len(st.Problems) == 0 && len(st.Uncovered) == 0
-	}
-	if st.Problems == nil {
-		st.Problems = []string{}
-	}
-	if st.Uncovered == nil {
-		st.Uncovered = []admin.Uncovered{}
-	}
-	return st
 }
 
-// workloads lists who listens in a scope, one row for each identity.
-func (a *Agent) workloads(ctx context.Context, sc *scope) []admin.Workload {
-	socks, err := sockdiag.Listeners(sc.ns)
+// limits are what the back end cannot do for a scope even when all is well.
+func (a *Agent) limits(s ScopeSettings) []string {
+	if a.backend.Name() == "observe" {
+		return a.backend.Verify(s.Name) // it covers nothing, and says what watching misses
+	}
+	if b, ok := a.backend.(interface{ Limits(scope string) []string }); ok && s.Mode != authz.Watch {
+		return b.Limits(s.Name)
+	}
+	return nil
+}
+
+// captureCounters adds what the back end's kernel side has counted.
+func (a *Agent) captureCounters(s *admin.Status) {
+	b, ok := a.backend.(interface{ Instance() *bpf.Instance })
+	if !ok {
+		return
+	}
+	counts, err := b.Instance().Counters()
 	if err != nil {
-		return nil
+		s.Problems = append(s.Problems, "the counters of the kernel hooks cannot be read: "+err.Error())
+		return
 	}
-	rows := map[string]*admin.Workload{}
-	var order []string
-	for _, s := range socks {
-		if s.CgroupID == a.leaf && a.leaf != 0 || agentPort(s.Source.Port()) {
-			continue
-		}
-		who, err := a.attestor.Owner(ctx, sc.ns, s.Source)
-		w := admin.Workload{Scope: sc.settings.Name, Name: who.Name, Unit: who.Unit, Exe: who.Exe, PID: who.Evidence.PID}
-		if !who.ID.IsZero() {
-			w.ID = who.ID.String()
-		}
-		key := w.ID
-		if err != nil {
-			w.Problem, key = err.Error(), s.Source.String()
-			w.Name = or(w.Name, s.Source.String())
-		}
-		if rows[key] == nil {
-			rows[key] = &w
-			order = append(order, key)
-		}
-		if at := s.Source.String(); !slices.Contains(rows[key].Listening, at) {
-			rows[key].Listening = append(rows[key].Listening, at)
-		}
+	for reason, n := range counts {
+		s.Counters["kernel_"+reason.String()] = int64(n)
 	}
-	list := make([]admin.Workload, 0, len(order))
-	for _, st := range a.svids.Status() {
-		if w := rows[st.ID.String()]; w != nil && !st.NotAfter.IsZero() {
-			at := st.NotAfter
-			w.SVIDExpires = &at
-		}
-	}
-	for _, key := range order {
-		list = append(list, *rows[key])
-	}
-	return list
 }
 
 // resources measures what the agent uses.
