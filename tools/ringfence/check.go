@@ -36,9 +36,9 @@ func checkCommand(client func() *admin.Client) *cobra.Command {
 					if !s.OK {
 						mark = "FAIL"
 					}
-					fmt.Fprintf(w, "%s  %-22s %s\n", mark, s.Name, s.Detail)
+					fmt.Fprintf(w, "%s  %-22s %s\n", mark, s.Name, plain(s.Detail))
 					if s.Fix != "" {
-						fmt.Fprintf(w, "      %-22s %s\n", "to mend it:", s.Fix)
+						fmt.Fprintf(w, "      %-22s %s\n", "to mend it:", plain(s.Fix))
 					}
 				}
 			}

@@ -26,7 +26,7 @@ func doctorCommand(client func() *admin.Client) *cobra.Command {
 			if err != nil {
 				return &exitError{2, err}
 			}
-			o := doctor.Options{MetricsListen: s.MetricsListen, ReadinessListen: s.ReadinessListen, Capture: s.Capture}
+			o := doctor.Options{MetricsListen: s.MetricsListen, ReadinessListen: s.ReadinessListen, Capture: s.Capture, OnlyWatch: s.OnlyWatches()}
 			var st admin.Status
 			if client().Get(cmd.Context(), "/v1/status", nil, &st) == nil {
 				o.AgentPID = st.PID
@@ -63,6 +63,9 @@ func inUse(st admin.Status) []doctor.Check {
 		for _, p := range sc.Problems {
 			checks = append(checks, doctor.Check{Group: "agent", Name: "scope " + sc.Name, State: doctor.Warning, Detail: p})
 		}
+		for _, l := range sc.Limits {
+			checks = append(checks, doctor.Check{Group: "agent", Name: "scope " + sc.Name, State: doctor.Found, Detail: "limit: " + l})
+		}
 		if n := len(sc.Uncovered); n > 0 {
 			checks = append(checks, doctor.Check{Group: "agent", Name: "scope " + sc.Name, State: doctor.Warning,
 				Detail: fmt.Sprintf("%d connections were open before and are uncovered", n), Fix: "restart the programs that hold them"})
@@ -79,13 +82,13 @@ func printReport(w io.Writer, r doctor.Report) {
 			group = c.Group
 			fmt.Fprintf(t, "%s:\n", group)
 		}
-		fmt.Fprintf(t, "  %s\t%s\t%s\n", c.State, c.Name, c.Detail)
+		fmt.Fprintf(t, "  %s\t%s\t%s\n", c.State, plain(c.Name), plain(c.Detail))
 		for _, more := range []struct{ label, text string }{{"costs", c.Cost}, {"instead", c.Fallback}, {"to mend it", c.Fix}} {
 			if more.text != "" {
-				fmt.Fprintf(t, "  \t  %s:\t%s\n", more.label, more.text)
+				fmt.Fprintf(t, "  \t  %s:\t%s\n", more.label, plain(more.text))
 			}
 		}
 	}
 	t.Flush()
-	fmt.Fprintf(w, "\nan agent here would capture with: %s\n", r.Capture)
+	fmt.Fprintf(w, "\nwith these settings an agent here would capture with: %s\n", r.Capture)
 }

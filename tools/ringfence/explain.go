@@ -22,7 +22,7 @@ func (s *selection) register(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.unit, "unit", "", "only of this calling program: a unit or an executable's name")
 	f.StringVar(&s.scope, "scope", "", "only in this scope")
-	f.StringVar(&s.effect, "effect", "", "only permit, deny or would_deny")
+	f.StringVar(&s.effect, "effect", "", "only permit, deny, would_deny, or refused (all but permits)")
 }
 
 func (s *selection) query() url.Values {
@@ -71,11 +71,11 @@ func explainCommand(client func() *admin.Client) *cobra.Command {
 
 func printExplanation(w io.Writer, e policy.Explanation) {
 	r := e.Record
-	fmt.Fprintf(w, "%s  %s  %s\n", r.ID, strings.ToUpper(strings.ReplaceAll(r.Effect.String(), "_", " ")), r.Reason)
+	fmt.Fprintf(w, "%s  %s  %s\n", r.ID, strings.ToUpper(strings.ReplaceAll(r.Effect.String(), "_", " ")), plain(r.Reason))
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	row := func(k, v string) {
 		if v != "" {
-			fmt.Fprintf(t, "  %s\t%s\n", k, v)
+			fmt.Fprintf(t, "  %s\t%s\n", k, plain(v))
 		}
 	}
 	row("time", r.Time.Format("2006-01-02 15:04:05.000"))
@@ -98,7 +98,7 @@ func printExplanation(w io.Writer, e policy.Explanation) {
 		fmt.Fprintf(w, "  (the policies have changed since: explained with version %s)\n", e.Version)
 	}
 	if e.Note != "" {
-		fmt.Fprintf(w, "  %s\n", e.Note)
+		fmt.Fprintf(w, "  %s\n", plain(e.Note))
 	}
 	for _, p := range e.Policies {
 		printPolicy(w, p)
@@ -116,18 +116,18 @@ func printPolicy(w io.Writer, p policy.Explained) {
 	case p.Matched:
 		verdict = "matched"
 	}
-	fmt.Fprintf(w, "\n  %s %q (%s): %s\n", p.Effect, p.ID, p.Place, verdict)
+	fmt.Fprintf(w, "\n  %s %q (%s): %s\n", p.Effect, p.ID, plain(p.Place), verdict)
 	if reason := p.Annotations["reason"]; reason != "" {
-		fmt.Fprintf(w, "    reason: %s\n", reason)
+		fmt.Fprintf(w, "    reason: %s\n", plain(reason))
 	}
 	if p.Clause != "" {
-		fmt.Fprintf(w, "    first failing clause, in its %s: %s\n", p.Part, p.Clause)
+		fmt.Fprintf(w, "    first failing clause, in its %s: %s\n", p.Part, plain(p.Clause))
 	}
 	for _, v := range p.Values {
-		fmt.Fprintf(w, "      %s\n", v)
+		fmt.Fprintf(w, "      %s\n", plain(fmt.Sprint(v)))
 	}
 	if p.Error != "" {
-		fmt.Fprintf(w, "    could not be evaluated: %s\n", p.Error)
+		fmt.Fprintf(w, "    could not be evaluated: %s\n", plain(p.Error))
 	}
 }
 
@@ -159,8 +159,8 @@ func decisionsCommand(client func() *admin.Client) *cobra.Command {
 			t := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 			fmt.Fprintln(t, "ID\tTIME\tEFFECT\tPRINCIPAL\tACTION\tRESOURCE\tPATH\tREASON")
 			for _, r := range records {
-				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.ID, r.Time.Format("15:04:05.000"), r.Effect,
-					r.Principal, r.Action, r.Resource, r.Path, r.Reason)
+				fmt.Fprintln(t, cells(r.ID, r.Time.Format("15:04:05.000"), r.Effect,
+					r.Principal, r.Action, r.Resource, r.Path, r.Reason))
 			}
 			return t.Flush()
 		},

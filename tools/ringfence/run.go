@@ -36,6 +36,7 @@ func (e *exitError) Error() string {
 	return e.err.Error()
 }
 func (e *exitError) Unwrap() error { return e.err }
+func (e *exitError) ExitCode() int { return e.code }
 
 // run executes the command line and returns the exit code: 0 success, 1 failure, 2 misuse.
 func run(ctx context.Context, e env) int {
@@ -49,9 +50,12 @@ func run(ctx context.Context, e env) int {
 		return 0
 	}
 	code := 1
-	var exit *exitError
+	var exit interface {
+		error
+		ExitCode() int
+	}
 	if errors.As(err, &exit) {
-		code = exit.code
+		code = exit.ExitCode()
 	}
 	if text := err.Error(); text != "" {
 		fmt.Fprintln(e.stderr, "ringfence:", text)
@@ -89,7 +93,36 @@ func command(e env) *cobra.Command {
 		lab.Command(),
 	)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{2, err} })
+	strict(root)
 	return root
+}
+
+// strict makes misuse an error of its own kind everywhere: wrong arguments, and
+// words that are no subcommand, which cobra answers with help and success.
+func strict(cmd *cobra.Command) {
+	args := cmd.Args
+	if !cmd.Runnable() {
+		args = noSubcommand
+		cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	}
+	if args != nil {
+		cmd.Args = func(cmd *cobra.Command, given []string) error {
+			if err := args(cmd, given); err != nil {
+				return &exitError{2, fmt.Errorf("%w (see `%s --help`)", err, cmd.CommandPath())}
+			}
+			return nil
+		}
+	}
+	for _, sub := range cmd.Commands() {
+		strict(sub)
+	}
+}
+
+func noSubcommand(cmd *cobra.Command, given []string) error {
+	if len(given) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%q is no command of %s", given[0], cmd.CommandPath())
 }
 
 // version is read from the build, so that no release step can forget it.

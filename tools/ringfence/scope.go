@@ -18,6 +18,9 @@ func scopeCommand(client func() *admin.Client) *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			sc.Name = args[0]
+			if _, err := sc.Check(); err != nil {
+				return &exitError{2, err}
+			}
 			return client().Do(cmd.Context(), "POST", "/v1/scopes", nil, sc, nil)
 		},
 	}
@@ -38,7 +41,7 @@ func scopeCommand(client func() *admin.Client) *cobra.Command {
 			Short:   "Stop protecting a scope; its programs go on untouched",
 			Args:    cobra.ExactArgs(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				return client().Do(cmd.Context(), "DELETE", "/v1/scopes/"+args[0], nil, nil, nil)
+				return ask(cmd, client(), "DELETE", "v1", "scopes", args[0])
 			},
 		},
 		&cobra.Command{
@@ -46,7 +49,7 @@ func scopeCommand(client func() *admin.Client) *cobra.Command {
 			Short: "Change how far a scope's protection goes",
 			Args:  cobra.ExactArgs(2),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				return client().Do(cmd.Context(), "PUT", "/v1/scopes/"+args[0]+"/mode/"+args[1], nil, nil, nil)
+				return ask(cmd, client(), "PUT", "v1", "scopes", args[0], "mode", args[1])
 			},
 		},
 		scopeList(client))
@@ -68,7 +71,7 @@ func scopeList(client func() *admin.Client) *cobra.Command {
 				return writeJSON(cmd.OutOrStdout(), s.Scopes)
 			}
 			for _, sc := range s.Scopes {
-				fmt.Fprintf(cmd.OutOrStdout(), "%s\t%s\tprotected: %s\n", sc.Name, sc.Mode, yesNo(sc.Protected))
+				fmt.Fprintln(cmd.OutOrStdout(), cells(sc.Name, sc.Mode, "protected: "+yesNo(sc.Protected)))
 			}
 			return nil
 		},
@@ -84,8 +87,17 @@ func peerCommand(client func() *admin.Client) *cobra.Command {
 		Short: "Forget that a host had an agent, so that policy may permit plaintext to it again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return client().Do(cmd.Context(), "DELETE", "/v1/peers/"+args[0], nil, nil, nil)
+			return ask(cmd, client(), "DELETE", "v1", "peers", args[0])
 		},
 	})
 	return cmd
+}
+
+// ask makes a request whose path names things that the operator wrote.
+func ask(cmd *cobra.Command, c *admin.Client, method string, path ...string) error {
+	p, err := admin.Path(path...)
+	if err != nil {
+		return &exitError{2, err}
+	}
+	return c.Do(cmd.Context(), method, p, nil, nil, nil)
 }
