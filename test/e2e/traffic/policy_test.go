@@ -2,12 +2,10 @@ package traffic_test
 
 import (
 	"encoding/json"
-	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"ringfence.dev/policy"
@@ -362,18 +360,7 @@ func refusedConnection(t *testing.T, w *shopWorld) {
 	intruder, server := sub.Puppet("a", "intruder"), sub.Puppet("b", "server")
 	for _, ip := range world.Addresses {
 		l := server.Listen(port(ip, "7000"))
-		c, err := intruder.Dial(port(ip, "7000"))
-		if err == nil {
-			_, _ = c.Write([]byte("let me in"))
-			var got string
-			if got, err = c.Rest(); got != "" {
-				t.Errorf("the intruder read %q", got)
-			}
-			_ = c.Close()
-		}
-		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("the intruder got %v, want a refusal or a reset", err)
-		}
+		refusedDial(t, intruder, port(ip, "7000"))
 		ok := w.shop.In(t).MustDial(port(ip, "7000")) // so that an accepted intruder would be seen first
 		s := l.MustAccept()
 		ok.Send("shop")

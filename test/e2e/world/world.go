@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	"go.yaml.in/yaml/v3"
+
 	"ringfence.dev/agent/admin"
 	"ringfence.dev/policy/decisionlog"
 	"ringfence.dev/test/nettest"
@@ -254,4 +256,26 @@ func Policies(t testing.TB, text string) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// Configure changes a host's agent's settings, by their names in the file. They
+// count from its next start, see [lab.Lab.Restart].
+func (w *World) Configure(host string, change func(settings map[string]any)) {
+	w.T.Helper()
+	path := filepath.Join(w.Dir(), host, "agent.yaml")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		w.T.Fatal(err)
+	}
+	settings := map[string]any{}
+	if err := yaml.Unmarshal(data, &settings); err != nil {
+		w.T.Fatal(err)
+	}
+	change(settings)
+	if data, err = yaml.Marshal(settings); err != nil {
+		w.T.Fatal(err)
+	}
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		w.T.Fatal(err)
+	}
 }
