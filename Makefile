@@ -75,7 +75,9 @@ generate: ## rebuild the BPF objects (installs clang); they must come out as the
 	$(GO) generate ./bpf
 	git diff --exit-code --stat -- bpf
 
-install: build ## install the binary, the systemd unit and a default configuration (PREFIX, DESTDIR)
+# Builds only what is missing: root seldom has Go in its path, and what it builds belongs to it.
+install: ## install the built binary, the systemd unit and a default configuration (PREFIX, DESTDIR)
+	@test -x bin/ringfence || $(MAKE) build
 	install -D -m 0755 bin/ringfence $(DESTDIR)$(PREFIX)/bin/ringfence
 	install -d -m 0755 $(DESTDIR)/etc/systemd/system
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' deploy/ringfence.service > $(DESTDIR)/etc/systemd/system/ringfence.service
