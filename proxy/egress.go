@@ -220,6 +220,8 @@ func (e *egress) probe(ctx context.Context, ip netip.Addr) error {
 
 // plain connects to a peer without an agent, if policy lets it.
 func (e *egress) plain(ctx context.Context) *link {
+	// In dry-run a tunnel may have been tried before.
+	e.conn.Mesh, e.conn.Destination.ID = false, spiffeid.ID{}
 	session := e.decide()
 	if session == nil {
 		return nil

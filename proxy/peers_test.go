@@ -328,3 +328,17 @@ func TestForwardedAndDecision(t *testing.T) {
 		t.Errorf("the id was taken over %d times", n)
 	}
 }
+
+// In dry-run a tunnel that fails is recorded, and the connection goes on in clear.
+func TestDryRunFallsBackLoudly(t *testing.T) {
+	b := newHost(t, proxytest.NewCA(t, "lab.test"), hostConfig{mode: authz.DryRun})
+	to := b.service(t, "b/sa/echo", echo)
+	a := caller(t, authz.DryRun, proxytest.Policy{}, nil) // of another authority
+	exchange(t, a.dial(t, to), "\x00in clear")
+	if !a.dec.Logged("refuse: tunnel to") || !a.dec.Logged("mesh=false: permit") {
+		t.Errorf("log = %q", a.dec.Log())
+	}
+	// The same peer, and enforce: nothing.
+	a = caller(t, authz.Enforce, proxytest.Policy{}, nil)
+	a.denied(t, to)
+}

@@ -201,20 +201,34 @@ func (t *Conn) read() error {
 		t.mu.Lock()
 		t.feeding = true
 		t.mu.Unlock()
-		if err := t.readRecord(); err != nil {
+		if err := t.readRecords(); err != nil {
 			return err
 		}
 	}
 }
 
-func (t *Conn) readRecord() error {
-	b := socket.Borrow(socket.Small) // a record's plaintext fits
+// readRecords reads one record, and those that were read ahead with it as far
+// as a buffer takes them: a stream's octets then go on in one piece.
+func (t *Conn) readRecords() error {
+	class := socket.Small // one record's plaintext fits
+	if t.wire.ahead() > recordSize {
+		class = socket.Large
+	}
+	b := socket.Borrow(class)
 	defer b.Free()
 	n, err := t.tls.Read(b.Room())
-	if err := t.in.feed(b.Room()[:n]); err != nil {
+	b.Grow(n)
+	// What is in b must not wait for what is still on its way.
+	t.wire.hasty = true
+	for err == nil && len(b.Room()) >= recordSize && t.wire.ahead() > 0 {
+		n, err = t.tls.Read(b.Room())
+		b.Grow(n)
+	}
+	t.wire.hasty = false
+	if err := t.in.feed(b.Bytes); err != nil {
 		return err
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errNotNow) {
 		return fmt.Errorf("%w: %w", errPeerClosed, err)
 	}
 	return nil

@@ -24,6 +24,7 @@ type wire struct {
 	header [5]byte        // TLS record header, RFC 8446 section 5.1
 	nhead  int            // octets of it passed up; 5 while in a record's body
 	body   int            // octets of the body still to pass up
+	hasty  bool           // Read gives errNotNow rather than wait
 
 	// mu held means nobody else appends to or takes from out. The socket itself
 	// is written only by the one who flushes.
@@ -36,6 +37,24 @@ const keepOut = 128 << 10 // an out buffer beyond that is not kept for reuse
 
 // atRecord reports whether nothing of a record is in hand.
 func (w *wire) atRecord() bool { return w.in == nil && w.nhead == 0 }
+
+// ahead is how many octets were read from the socket and not passed up.
+func (w *wire) ahead() int {
+	if w.in == nil {
+		return 0
+	}
+	return len(w.in.Bytes) - w.off
+}
+
+// errNotNow is what Read gives when it would have to wait and must not. It
+// counts as temporary, which crypto/tls takes up again where it was.
+var errNotNow net.Error = notNow{}
+
+type notNow struct{}
+
+func (notNow) Error() string   { return "tunnel: nothing to read just now" }
+func (notNow) Timeout() bool   { return true }
+func (notNow) Temporary() bool { return true }
 
 // fill waits for octets from the socket. Nothing is borrowed while it waits.
 func (w *wire) fill() error {
@@ -55,6 +74,9 @@ func (w *wire) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	if w.in == nil {
+		if w.hasty {
+			return 0, errNotNow
+		}
 		if err := w.fill(); err != nil {
 			return 0, err
 		}
