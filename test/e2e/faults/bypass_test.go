@@ -49,7 +49,7 @@ func TestWaysPastCapture(t *testing.T) {
 		w := newSite(t).in(sharedAgent(t, capture), "enforce")
 		far4, far6 := w.listen("192.0.2.2:80"), w.listen("[2001:db8::2]:80")
 		// The device's name is known only here. Redirection by packet filter loses such a SYN, which closes the way.
-		device := way{name: "bound to a device", job: job{To: "192.0.2.2:80", Device: w.dev, Wait: 2}, only: "ebpf", step: "connect"}
+		device := way{name: "bound to a device", job: job{To: "192.0.2.2:80", Device: w.dev, Wait: 2 * time.Second}, only: "ebpf", step: "connect"}
 		for _, c := range append(ways, device) {
 			t.Run(c.name, func(t *testing.T) {
 				w := w.on(t)
@@ -83,7 +83,7 @@ func TestWaysPastCapture(t *testing.T) {
 			w.on(t).isRefused("thief", job{To: "192.0.2.2:80", Given: true}, far4, socketIn(t, w.host))
 		})
 		t.Run("magic address", func(t *testing.T) { // one that takes a namespace out of another mesh
-			w.run("thief", job{To: "0.0.0.2:930", Wait: 1})
+			w.run("thief", job{To: "0.0.0.2:930", Wait: 1 * time.Second})
 			w.on(t).isRefused("thief", job{To: "192.0.2.2:80"}, far4)
 		})
 	})

@@ -38,9 +38,9 @@ type job struct {
 	Only   bool   // make and bind the socket, no more
 	Hold   bool   // keep the connection after the first answer, until a line comes
 	Send   string
-	Wait   int      // seconds that connect may take; zero: as long as the kernel tries
-	Leave  bool     // end at once after sending
-	Exec   []string // become this program after sending, the connection on descriptor 3
+	Wait   time.Duration // that connect may take; zero: as long as the kernel tries
+	Leave  bool          // end at once after sending
+	Exec   []string      // become this program after sending, the connection on descriptor 3
 }
 
 // result is what the workload saw. Step is the call that failed, empty for none.
@@ -204,7 +204,7 @@ func (j job) connect(fd int) error {
 		return nil
 	}
 	if j.Wait != 0 {
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: int64(j.Wait)}); err != nil {
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, timeval(j.Wait)); err != nil {
 			return err
 		}
 	}
@@ -332,4 +332,9 @@ func (r result) String() string {
 		return fmt.Sprintf("got %q from %s", r.Got, r.Peer)
 	}
 	return fmt.Sprintf("failed in %s with %v, having got %q", r.Step, r.Errno, r.Got)
+}
+
+func timeval(d time.Duration) *unix.Timeval {
+	tv := unix.NsecToTimeval(int64(d))
+	return &tv
 }
