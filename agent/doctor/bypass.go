@@ -42,7 +42,7 @@ func (e *examination) bypass() {
 	lsm := e.bpfLSM()
 	row("packet, vsock, XDP and TIPC sockets", false, "",
 		"not refused ("+lsmText(lsm)+"): take CAP_NET_RAW from workloads, and block the modules")
-	row("sockets received from outside the scope", hooks, "who made the socket and who uses it must both be uncovered for it to pass",
+	row("sockets received from outside the scope", hooks, "who uses the socket counts, whoever made it",
 		"the maker's cgroup counts, not the user's: in a host scope an uncovered program can hand a socket to a covered one")
 	row("connections open before the scope was added", false, "", "listed as uncovered in `ringfence status`; restart those programs")
 	row("binding the agent's ports while it is down", hooks || rules, either("refused by the bind hook",
