@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"path"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,8 @@ import (
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/attest/cgroup"
 	"ringfence.dev/attest/proc"
+	"ringfence.dev/attest/sockdiag"
+	"ringfence.dev/cni/netns"
 	"ringfence.dev/policy/authz"
 	"ringfence.dev/proxy"
 )
@@ -201,31 +204,56 @@ func (c *cover) run(ctx context.Context) {
 }
 
 // coveringDecider lets connections of a host scope pass undecided when the
-// program on this host turns out not to be covered.
+// program on this host turns out not to be covered. The kernel leaves most of
+// them alone already; those that arrive here were quicker than its tables.
 type coveringDecider struct {
 	proxy.Decider
 	a *Agent
 }
 
 func (d coveringDecider) Open(c authz.Connection) (authz.Session, error) {
-	if d.a.uncoveredCaller(c) {
+	if d.a.uncovered(c) {
 		return uncoveredSession{c.ID}, nil
 	}
 	return d.Decider.Open(c)
 }
 
-// uncoveredCaller reports whether the calling program is one that its host scope
-// leaves alone. What cannot be told counts as covered. Only the caller's side is
-// let off: where the service is on this host too, its protection decides.
-func (a *Agent) uncoveredCaller(c authz.Connection) bool {
-	if c.Side != authz.Egress || c.Source.PID == 0 {
-		return false
-	}
+// uncovered reports whether all programs of this host that a connection concerns
+// are ones that the host scope leaves alone. What cannot be told counts as covered.
+func (a *Agent) uncovered(c authz.Connection) bool {
 	sc, err := a.scopeNamed(c.Scope)
 	if err != nil || sc.cover == nil || sc.cover.all() {
 		return false
 	}
-	return sc.cover.leavesAlone(c.Source)
+	caller := c.Side == authz.Ingress || c.Source.PID != 0 && sc.cover.leavesAlone(c.Source)
+	service := c.Side == authz.Egress || sc.cover.servedAlone(sc.ns, c.Destination.Addr)
+	return caller && service
+}
+
+// servedAlone reports whether everybody who listens at an address is uncovered.
+// It looks anew each time: a port changes hands faster than a table of it.
+func (c *cover) servedAlone(ns *netns.Handle, at netip.AddrPort) bool {
+	conn, err := sockdiag.Open(ns)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	listeners, err := conn.ListenersOn(context.Background(), at.Port())
+	if err != nil {
+		return false
+	}
+	found := false
+	for _, l := range listeners {
+		if on := l.Source.Addr(); on != at.Addr() && !on.IsUnspecified() {
+			continue
+		}
+		p, err := c.tree.Path(l.CgroupID)
+		if l.CgroupID == 0 || err != nil || c.covers(p) {
+			return false
+		}
+		found = true
+	}
+	return found
 }
 
 // leavesAlone reads the cgroup of the calling process. The pid is not proof: its

@@ -26,8 +26,8 @@ type listenControl func(port int, family int, fd int) error
 
 // openListeners opens the three ports in both families. A namespace without
 // IPv6 gets those of IPv4 only. On error nothing stays open.
-func openListeners(ns *netns.Handle, control listenControl) (l *listeners, err error) {
-	l = &listeners{}
+func openListeners(ns *netns.Handle, control listenControl) (_ *listeners, err error) {
+	l := &listeners{}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -63,40 +63,39 @@ func openListeners(ns *netns.Handle, control listenControl) (l *listeners, err e
 	return l, nil
 }
 
-func listen(ns *netns.Handle, family int, at netip.AddrPort, control listenControl) (fd int, err error) {
+func listen(ns *netns.Handle, family int, at netip.AddrPort, control listenControl) (int, error) {
 	// IPPROTO_TCP, said outright: an MPTCP listener cannot be the target of a socket lookup.
-	fd, err = ns.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, unix.IPPROTO_TCP)
+	fd, err := ns.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, unix.IPPROTO_TCP)
 	if err != nil {
-		return -1, err
+		return -1, fmt.Errorf("listen on %s: %w", at, err)
 	}
-	defer func() {
-		if err != nil {
-			unix.Close(fd)
-			err = fmt.Errorf("listen on %s: %w", at, err)
-		}
-	}()
+	if err := bindListener(fd, family, at, control); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("listen on %s: %w", at, err)
+	}
+	return fd, nil
+}
+
+func bindListener(fd, family int, at netip.AddrPort, control listenControl) error {
 	// Without SO_REUSEPORT nobody can join the port; SO_REUSEADDR only lets us
 	// return while old connections are in TIME_WAIT.
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return -1, err
+		return err
 	}
 	if family == unix.AF_INET6 {
 		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
-			return -1, err
+			return err
 		}
 	}
 	if control != nil {
 		if err := control(int(at.Port()), family, fd); err != nil {
-			return -1, err
+			return err
 		}
 	}
 	if err := unix.Bind(fd, sockaddr(at)); err != nil {
-		return -1, err
+		return err
 	}
-	if err := unix.Listen(fd, backlog); err != nil {
-		return -1, err
-	}
-	return fd, nil
+	return unix.Listen(fd, backlog)
 }
 
 func (l *listeners) close() {

@@ -31,11 +31,14 @@ func (a *Agent) open(ctx context.Context, closers *stack) error {
 	if err := a.openBackend(ctx, closers); err != nil {
 		return err
 	}
+	return a.openRelay()
+}
+
+func (a *Agent) openRelay() (err error) {
 	pins := map[netip.Addr]string{}
 	for ip, id := range a.settings.Pins {
 		pins[ip] = id.String()
 	}
-	var err error
 	a.relay, err = proxy.New(proxy.Config{
 		Identifier: identifier{a}, Decider: coveringDecider{a.policies, a}, Credentials: a.svids,
 		Pins: pins, HTTP: h1.Config{MaxHead: a.settings.MaxHeadBytes},

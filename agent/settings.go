@@ -120,6 +120,9 @@ func (c Config) Check() (Settings, error) {
 	}
 	var err error
 	s.TrustDomain, err = spiffeid.TrustDomainFromString(or(c.TrustDomain, "ringfence.internal"))
+	if err == nil && s.TrustDomainGiven && s.TrustDomain.Name() != c.TrustDomain {
+		err = fmt.Errorf("%q is not the bare name, %s", c.TrustDomain, s.TrustDomain.Name())
+	}
 	bad("trust_domain", err)
 	s.Host, err = hostSegment(c.Host)
 	bad("host", err)
@@ -267,10 +270,15 @@ func (c ScopeConfig) Check() (ScopeSettings, error) {
 			errs = append(errs, fmt.Errorf("pattern %q is malformed", p))
 		}
 	}
-	errs = append(errs,
-		s.Mode.UnmarshalText([]byte(or(c.Mode, "watch"))),
-		oneOf(string(s.Loopback), "enforce", "observe", "ignore"),
-		oneOf(string(s.OnAgentDown), "closed", "open"))
+	for key, err := range map[string]error{
+		"mode":          s.Mode.UnmarshalText([]byte(or(c.Mode, "watch"))),
+		"loopback":      oneOf(string(s.Loopback), "enforce", "observe", "ignore"),
+		"on_agent_down": oneOf(string(s.OnAgentDown), "closed", "open"),
+	} {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+		}
+	}
 	return s, errors.Join(errs...)
 }
 
