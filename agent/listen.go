@@ -98,6 +98,17 @@ func bindListener(fd, family int, at netip.AddrPort, control listenControl) erro
 	return unix.Listen(fd, backlog)
 }
 
+// stop makes the sockets refuse, in every copy of their descriptors, which stay
+// valid for whoever holds them until close. A socket that merely nobody accepts
+// from would go on answering: its clients would wait for as long as it lives.
+func (l *listeners) stop() {
+	for _, fds := range [][]int{l.outbound, l.inbound, l.tunnel} {
+		for _, fd := range fds {
+			_ = unix.Shutdown(fd, unix.SHUT_RDWR) // inet_shutdown: leaves TCP_LISTEN
+		}
+	}
+}
+
 func (l *listeners) close() {
 	for _, fds := range [][]int{l.outbound, l.inbound, l.tunnel} {
 		for _, fd := range fds {

@@ -144,12 +144,25 @@ func (a *Agent) addConfiguredScopes(ctx context.Context) (whole bool, err error)
 	return a.restoreScopes(ctx, saved)
 }
 
-// drain lets live connections finish, for as long as the settings say.
+// drain takes nothing new and lets live connections finish, for as long as the settings say.
 func (a *Agent) drain() {
 	ctx, cancel := context.WithTimeout(context.Background(), a.settings.DrainTimeout)
 	defer cancel()
+	a.stopListening()
 	a.log.Info("stopping", "drain_timeout", a.settings.DrainTimeout)
 	a.relay.Drain(ctx)
+}
+
+// stopListening leaves new connections to what the kernel does with them while
+// no agent is there, which is the same as after the drain.
+func (a *Agent) stopListening() {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	for _, sc := range a.scopeList() {
+		if sc.listeners != nil {
+			sc.listeners.stop()
+		}
+	}
 }
 
 // closeScopes lets go of all scopes in this process, and reports whether one of

@@ -64,6 +64,7 @@ type puppet struct {
 	last      int
 	conns     map[int]*net.TCPConn
 	listeners map[int]*net.TCPListener
+	held      []*net.TCPConn
 	web       web
 }
 
@@ -268,5 +269,72 @@ func oneByte(addr string) error {
 	if _, err := io.ReadFull(c, b[:]); err != nil {
 		return fmt.Errorf("read: %w", err)
 	}
+	return nil
+}
+
+// Hold starts a server that keeps what is read to its end.
+func (p *puppet) Hold(in Call, out *Answer) error {
+	l, err := net.Listen("tcp", in.Addr)
+	out.fail(err)
+	if err != nil {
+		return nil
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				if _, err := io.Copy(io.Discard, c); err == nil {
+					p.hold(c)
+				}
+			}()
+		}
+	}()
+	return nil
+}
+
+func (p *puppet) hold(c net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held = append(p.held, c.(*net.TCPConn))
+}
+
+// HalfClose makes connections whose sending half has ended.
+func (p *puppet) HalfClose(in Call, out *Answer) error {
+	for i := range in.Max {
+		c, err := net.DialTimeout("tcp", in.Addrs[i%len(in.Addrs)], patience)
+		if err == nil {
+			_, err = c.Write([]byte("x"))
+		}
+		if err == nil {
+			err = c.(*net.TCPConn).CloseWrite()
+		}
+		if err != nil {
+			out.Failed = fmt.Sprintf("connection %d: %v", i, err)
+			return nil
+		}
+		p.hold(c)
+	}
+	return nil
+}
+
+// Held counts.
+func (p *puppet) Held(_ Call, out *Answer) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out.ID = len(p.held)
+	return nil
+}
+
+// Drop closes what is held.
+func (p *puppet) Drop(_ Call, _ *Answer) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.held {
+		_ = c.Close()
+	}
+	p.held = nil
 	return nil
 }

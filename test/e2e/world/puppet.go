@@ -237,6 +237,22 @@ func (p *Puppet) Burst(addrs []string, n, atOnce int) (int, error) {
 	return a.ID, err
 }
 
+// Hold accepts connections on an address, reads each to its end, and keeps it.
+func (p *Puppet) Hold(addr string) { p.w.T.Helper(); p.must("Hold", Call{Addr: addr}) }
+
+// HalfClose makes n connections to the addresses in turn, ends the sending half
+// of each, and keeps it.
+func (p *Puppet) HalfClose(addrs []string, n int) {
+	p.w.T.Helper()
+	p.must("HalfClose", Call{Addrs: addrs, Max: n})
+}
+
+// Held counts the connections that are kept, at a server those read to their end.
+func (p *Puppet) Held() int { p.w.T.Helper(); return p.must("Held", Call{}).ID }
+
+// Drop closes the connections that are kept.
+func (p *Puppet) Drop() { p.w.T.Helper(); p.must("Drop", Call{}) }
+
 // Web serves HTTP with Go's own server, see [webHandler].
 func (p *Puppet) Web(addr string) { p.w.T.Helper(); p.must("Web", Call{Addr: addr}) }
 
