@@ -62,6 +62,9 @@ func who(name string) workload.Identity {
 	return workload.Identity{ID: spiffeid.RequireFromString("spiffe://lab.test/ns/" + name), Name: name}
 }
 
+// patience bounds every wait; a busy machine under the race detector needs it.
+const patience = time.Minute
+
 const uid = 1000 // of every caller, unless a test says otherwise
 
 func newHost(tb testing.TB, ca *proxytest.CA, c hostConfig) *host {
@@ -110,14 +113,14 @@ func within(tb testing.TB, what string, done <-chan struct{}) {
 	tb.Helper()
 	select {
 	case <-done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		tb.Fatalf("waited too long for %s", what)
 	}
 }
 
 func eventually(tb testing.TB, what string, cond func() bool) {
 	tb.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(patience)
 	for !cond() {
 		if time.Now().After(deadline) {
 			tb.Fatalf("waited too long for %s", what)
@@ -180,7 +183,7 @@ func (h *host) dialAs(tb testing.TB, listener, to netip.AddrPort, uid uint32) *n
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(15 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	return c
 }
 
@@ -200,7 +203,7 @@ func (h *host) deniedAs(tb testing.TB, listener, to netip.AddrPort, uid uint32) 
 		return
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(15 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	wantReset(tb, c)
 }
 

@@ -275,6 +275,9 @@ func (t *Conn) keepAlive() {
 		t.pinged = now
 		t.out = appendPing(t.out, 0, alivePing)
 	}
+	if silent && !t.flushing {
+		t.trimLocked()
+	}
 	if len(t.streams) > 0 {
 		t.idleFor = 0
 	} else {
@@ -290,4 +293,15 @@ func (t *Conn) keepAlive() {
 		t.GoAway()
 	}
 	t.kick()
+}
+
+// trimLocked lets go of the buffers of a tunnel in which nothing moves.
+func (t *Conn) trimLocked() {
+	t.spare = nil
+	if len(t.out) == 0 {
+		t.out = nil
+	}
+	if t.wire != nil {
+		t.wire.trim()
+	}
 }

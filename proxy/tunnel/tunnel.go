@@ -45,7 +45,7 @@ const (
 	maxControl    = 16 << 10  // largest frame of any other type we take
 	maxHeaderList = 16 << 10  // RFC 9113 section 6.5.2, counted as section 4.1 of RFC 7541 does
 	maxHeaderRun  = 8         // CONTINUATION frames in one header block
-	maxPending    = 256 << 10 // octets waiting to be flushed before writers wait
+	maxPending    = 128 << 10 // octets waiting to be flushed before writers wait
 	maxAnswers    = 64 << 10  // of those, what the peer made us queue; past it the peer is flooding
 	recordSize    = 16 << 10  // plaintext of a full TLS record, RFC 8446 section 5.1
 	directSize    = 8 << 10   // spans from here on go to TLS without being gathered first

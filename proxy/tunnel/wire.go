@@ -33,8 +33,6 @@ type wire struct {
 	established bool   // before it, writes go straight through and may wait
 }
 
-const keepOut = 128 << 10 // an out buffer beyond that is not kept for reuse
-
 // atRecord reports whether nothing of a record is in hand.
 func (w *wire) atRecord() bool { return w.in == nil && w.nhead == 0 }
 
@@ -151,16 +149,17 @@ func (w *wire) push() (blocked bool, err error) {
 		w.out = w.out[:copy(w.out, w.out[n:])]
 		return true, nil
 	}
-	w.reuse()
+	w.out = w.out[:0]
 	return false, nil
 }
 
-func (w *wire) reuse() {
-	if cap(w.out) > keepOut {
+// trim lets go of memory that is kept only for the next write.
+func (w *wire) trim() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.out) == 0 {
 		w.out = nil
-		return
 	}
-	w.out = w.out[:0]
 }
 
 // drain writes what has gathered, waiting for the peer to make room.
@@ -169,7 +168,13 @@ func (w *wire) drain() error {
 	out := w.out
 	w.out = nil
 	w.mu.Unlock()
-	return w.sock.WriteAll([][]byte{out})
+	err := w.sock.WriteAll([][]byte{out})
+	w.mu.Lock()
+	if w.out == nil {
+		w.out = out[:0]
+	}
+	w.mu.Unlock()
+	return err
 }
 
 func (w *wire) Close() error                       { return w.sock.Close() }
