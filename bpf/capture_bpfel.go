@@ -157,7 +157,9 @@ const (
 	captureRfReasonRF_PORTS_FULL      captureRfReason = 21
 	captureRfReasonRF_EXEMPT_FULL     captureRfReason = 22
 	captureRfReasonRF_EVENT_LOST      captureRfReason = 23
-	captureRfReasonRF_REASONS         captureRfReason = 24
+	captureRfReasonRF_MARKED          captureRfReason = 24
+	captureRfReasonRF_MULTIPATH       captureRfReason = 25
+	captureRfReasonRF_REASONS         captureRfReason = 26
 )
 
 type captureRfRouteKind uint32

@@ -100,6 +100,8 @@ const (
 	PortsFull      = Reason(captureRfReasonRF_PORTS_FULL)
 	ExemptFull     = Reason(captureRfReasonRF_EXEMPT_FULL)
 	EventLost      = Reason(captureRfReasonRF_EVENT_LOST)
+	Marked         = Reason(captureRfReasonRF_MARKED)
+	Multipath      = Reason(captureRfReasonRF_MULTIPATH)
 	reasons        = Reason(captureRfReasonRF_REASONS)
 )
 
@@ -107,7 +109,7 @@ var reasonNames = [reasons]string{
 	"captured", "watched", "loopback", "own_port", "kernel_socket", "excepted", "privileged_port",
 	"link_local", "group_address", "no_route", "device", "agent_down", "denied", "no_memory", "no_note",
 	"protocol", "port_reserved", "steered", "steer_refused", "steer_passed", "unsteered", "ports_full",
-	"exempt_full", "event_lost",
+	"exempt_full", "event_lost", "marked", "multipath",
 }
 
 func (r Reason) String() string {

@@ -39,6 +39,20 @@ static __always_inline void on_exec(struct task_struct *task)
 	bpf_map_update_elem(&rf_execs, &key, &id, BPF_ANY);
 }
 
+/* Whether a socket is a subflow of Multipath TCP. The socket that the program holds is another one then. */
+static __always_inline int is_multipath(struct bpf_sock *sk)
+{
+	struct tcp_sock *tp;
+	bool mptcp = false;
+
+	if (!rf_btf)
+		return 0;
+	tp = (void *)bpf_skc_to_tcp_sock(sk);
+	if (tp && bpf_core_field_exists(tp->is_mptcp))
+		bpf_core_read(&mptcp, sizeof(mptcp), &tp->is_mptcp);
+	return mptcp;
+}
+
 /* A socket that the kernel opened for itself: NFS, iSCSI, a file system. Never refused nor redirected, since
  * their reconnects remember a rewritten address and spin on an error. An MPTCP subflow is a kernel socket in
  * form only: a process asked for it. */
@@ -51,13 +65,8 @@ static __always_inline int is_kernel_socket(struct bpf_sock *sk)
 	tp = (void *)bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
-	if (bpf_core_field_exists(tp->is_mptcp)) {
-		bool mptcp = false;
-
-		bpf_core_read(&mptcp, sizeof(mptcp), &tp->is_mptcp);
-		if (mptcp)
-			return 0;
-	}
+	if (is_multipath(sk))
+		return 0;
 	return BPF_CORE_READ_BITFIELD_PROBED((struct sock *)tp, sk_kern_sock);
 }
 

@@ -188,6 +188,12 @@ static __always_inline __u32 untouchable(const struct scope *s, struct bpf_sock 
 	/* Without BTF a privileged source port is the only sign of a kernel socket. */
 	if (port && port < 1024 && (s->mode != RF_ENFORCE || !rf_btf))
 		return RF_PRIVILEGED_PORT;
+	/* In dry-run nothing may change for a program. A mark chooses a route, and the agent's dial has none; the
+	 * subflow that connect shows us is not the socket that is later asked for its names. */
+	if (s->mode == RF_DRY_RUN && sk->mark)
+		return RF_MARKED;
+	if (s->mode == RF_DRY_RUN && is_multipath(sk))
+		return RF_MULTIPATH;
 	if (is_link_local(n->dst))
 		return RF_LINK_LOCAL;
 	if (is_group(n->dst))

@@ -31,6 +31,7 @@ type job struct {
 	Proto  int
 	Bind   string // bind to this first
 	Device string
+	Mark   int
 	How    string // "", "fastopen", "fastopen_connect", "reconnect", "io_uring"
 	Join   string // move to this cgroup between socket and connect
 	UID    int
@@ -111,6 +112,9 @@ func (r *result) do(j job) {
 
 func (r *result) prepare(fd int, j job) bool {
 	if j.Device != "" && r.fail("device", unix.BindToDevice(fd, j.Device)) {
+		return true
+	}
+	if j.Mark != 0 && r.fail("mark", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, j.Mark)) {
 		return true
 	}
 	return j.Bind != "" && r.fail("bind", unix.Bind(fd, sockaddr(j.Bind, j.V6)))

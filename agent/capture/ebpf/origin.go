@@ -6,9 +6,8 @@ import (
 	"net/netip"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"ringfence.dev/agent/capture"
+	"ringfence.dev/agent/capture/outgoing"
 	"ringfence.dev/attest/workload"
 	"ringfence.dev/bpf"
 	"ringfence.dev/proxy/flow"
@@ -91,37 +90,7 @@ func (b *Backend) BeforeConnect(name string, fd int, to, client netip.AddrPort, 
 		}
 		return nil
 	}
-	return bindLike(fd, to.Addr(), f)
-}
-
-// bindLike gives the socket the device and source address that the caller had chosen for its own.
-func bindLike(fd int, to netip.Addr, f flow.Flow) error {
-	if f.Direction != flow.Outbound {
-		return nil
-	}
-	if f.Device != 0 {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, int(f.Device)); err != nil {
-			return fmt.Errorf("bind to the caller's device %d: %w", f.Device, err)
-		}
-	}
-	src := f.BoundSource
-	if !src.IsValid() || src.IsLoopback() || src.Is4() != to.Unmap().Is4() {
-		return nil
-	}
-	// The port is chosen at connect, so many dials can share the address.
-	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
-		return fmt.Errorf("set IP_BIND_ADDRESS_NO_PORT: %w", err)
-	}
-	var sa unix.Sockaddr
-	if src.Is4() && to.Is4() {
-		sa = &unix.SockaddrInet4{Addr: src.As4()}
-	} else {
-		sa = &unix.SockaddrInet6{Addr: src.As16()}
-	}
-	if err := unix.Bind(fd, sa); err != nil {
-		return fmt.Errorf("bind to the caller's source %s: %w", src, err)
-	}
-	return nil
+	return outgoing.BindLike(fd, to.Addr(), f)
 }
 
 // settle is how long after a change of policy no refusal is pushed down: longer

@@ -187,14 +187,22 @@ func TestDirectDialGetsNothing(t *testing.T) {
 	}
 }
 
-// Dry-run takes MPTCP as it is: its first subflow is captured, and its addresses are shown as they were dialled.
-func TestDryRunTakesMPTCP(t *testing.T) {
+// Dry-run leaves alone what a relay would change for the program: the route that a mark
+// chooses, and the names of a Multipath TCP socket, which is not the one that connect shows.
+func TestDryRunLeavesMarksAndMultipath(t *testing.T) {
 	w := newWorld(t, authz.DryRun, nil)
-	if text, err := os.ReadFile("/proc/sys/net/mptcp/enabled"); err != nil || text[0] != '1' {
-		t.Skip("kernel without MPTCP")
+	w.serve("192.0.2.2:80")
+	jobs := map[bpf.Reason]job{bpf.Marked: {To: "192.0.2.2:80", Mark: 7}}
+	if text, err := os.ReadFile("/proc/sys/net/mptcp/enabled"); err == nil && text[0] == '1' {
+		jobs[bpf.Multipath] = job{To: "192.0.2.2:80", Proto: unix.IPPROTO_MPTCP}
 	}
-	w.run(job{To: "192.0.2.2:80", Proto: unix.IPPROTO_MPTCP}).want(t, "agent")
-	if f := w.flow(); f.Destination.String() != "192.0.2.2:80" {
-		t.Errorf("destination %s", f.Destination)
+	for reason, j := range jobs {
+		r := w.run(j)
+		r.want(t, "app")
+		if r.Peer != "192.0.2.2:80" || w.counter(reason) != 1 {
+			t.Errorf("%s: peer %s, counted %d times", reason, r.Peer, w.counter(reason))
+		}
+		w.event(capture.Connected, func(e capture.Event) bool { return e.Bypassing && e.Flow.Caller.PID == uint32(r.PID) })
 	}
+	w.run(job{To: "192.0.2.2:80"}).want(t, "agent")
 }

@@ -320,7 +320,10 @@ func (w *world) carry(f flow.Flow) string {
 	}
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10})
 	buf := make([]byte, 20)
-	n, _ := unix.Read(fd, buf)
+	n, err := unix.Read(fd, buf)
+	for err == unix.EINTR { // with a receive time-out the kernel does not restart it
+		n, err = unix.Read(fd, buf)
+	}
 	return string(buf[:max(n, 0)])
 }
 
