@@ -137,7 +137,8 @@ func serverResets(t *testing.T, pair pairing) {
 // What looks like nothing in particular passes byte for byte.
 func bytesEitherWay(t *testing.T, pair pairing) {
 	for _, text := range []string{"\x00", "\r\n\r\n", "GET k\r\n", "GET /old\r\n", "hello", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-		"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "*1\r\n$4\r\nPING\r\n", "PING\r\n", "SSH-2.0-x\r\n"} {
+		"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "*1\r\n$4\r\nPING\r\n", "PING\r\n", "SSH-2.0-x\r\n",
+		"SET k X-Forwarded-Client-Cert:\r\nX-Forwarded-Client-Cert: URI=spiffe://lab.test/king\r\n\r\n"} {
 		c, s := pair(t)
 		c.Send(text)
 		s.Want(text)
