@@ -37,6 +37,12 @@ type captureConnKey struct {
 	Pad   uint32
 }
 
+type captureDeny struct {
+	_          structs.HostLayout
+	Generation uint64
+	Until      uint64
+}
+
 type captureDenyKey struct {
 	_      structs.HostLayout
 	Netns  uint64

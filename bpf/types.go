@@ -24,6 +24,7 @@ type (
 	RouteKey    = captureRouteKey
 	Route       = captureRoute
 	DenyKey     = captureDenyKey
+	Deny        = captureDeny
 	Event       = captureEvent
 )
 

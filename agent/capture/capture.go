@@ -76,6 +76,10 @@ type Cgroup struct {
 	ID      uint64
 	Path    string
 	Covered bool
+	// Below says that a cgroup that is made below this one later may be covered.
+	// Rules that take a cgroup with all below it then capture this one too, and
+	// the agent lets the processes that are directly in it pass.
+	Below bool
 }
 
 // Event is one connection seen, redirected or not.
@@ -86,6 +90,10 @@ type Event struct {
 	Comm      string // the caller's thread name, at most 15 bytes
 	Protocol  uint8  // IPPROTO number
 	Bypassing bool   // seen, but the scope's rules leave it alone (kernel socket, excepted cgroup, no route)
+	Reason    string // why, in a word or two; empty where the back end does not tell
+	// ByPolicy marks a Refused that repeats what policy had decided for the same
+	// caller and destination; the others are for want of an agent, a route or memory.
+	ByPolicy bool
 }
 
 // EventKind says what was seen.

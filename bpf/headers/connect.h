@@ -79,6 +79,11 @@ static __always_inline int is_left_out(__u64 netns, const struct scope *s, const
 	return !st || !st->creator || st->creator == n->cgroup || is_excepted(netns, st->creator);
 }
 
+static __always_inline int holds(const struct deny *d, const struct agent *a)
+{
+	return d && d->generation == a->generation && d->until > bpf_ktime_get_ns();
+}
+
 /* Whether policy has already refused this caller, by its process image or by its whole cgroup. */
 static __always_inline int is_denied(__u64 netns, const struct agent *a, const struct note *n)
 {
@@ -89,19 +94,16 @@ static __always_inline int is_denied(__u64 netns, const struct agent *a, const s
 		.uid = n->uid,
 		.gid = n->gid,
 	};
-	__u64 *generation;
 
 	copy_addr(key.dst, n->dst);
-	generation = bpf_map_lookup_elem(&rf_denies, &key);
-	if (generation && *generation == a->generation)
+	if (holds(bpf_map_lookup_elem(&rf_denies, &key), a))
 		return 1;
 	if (!n->start)
 		return 0; /* without start time a pid may be another's */
 	key.tgid = n->tgid;
 	key.start = n->start;
 	key.exec_id = n->exec_id;
-	generation = bpf_map_lookup_elem(&rf_denies, &key);
-	return generation && *generation == a->generation;
+	return holds(bpf_map_lookup_elem(&rf_denies, &key), a);
 }
 
 /* What getsockname shows: the address the connection would have had without us. */

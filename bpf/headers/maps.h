@@ -116,12 +116,12 @@ struct {
 	__type(value, struct route);
 } rf_routes SEC(".maps");
 
-/* Key: who and where. Value: the policy generation it holds for. Written by the agent, read by connect. Full: the oldest gives way. */
+/* Key: who and where. Value: for how long. Written by the agent, read by connect. Full: the oldest gives way. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct deny_key);
-	__type(value, __u64);
+	__type(value, struct deny);
 } rf_denies SEC(".maps");
 
 /* Key: one life of a thread group. Value: its exec id after the latest execve. Written by rf_exec, read by the

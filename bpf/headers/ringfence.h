@@ -164,6 +164,12 @@ struct deny_key {
 	__u32 gid;
 };
 
+/* A refusal that connect makes by itself. Both must hold: policy may change, and so may who owns the destination. */
+struct deny {
+	__u64 generation; /* of the policy that refused */
+	__u64 until;	  /* CLOCK_MONOTONIC, nanoseconds */
+};
+
 enum rf_event_kind {
 	RF_EV_CONNECTED = 0,
 	RF_EV_ACCEPTED = 1,

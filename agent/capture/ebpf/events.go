@@ -113,6 +113,7 @@ func eventOf(scope string, raw *bpf.Event, now time.Time, mono uint64) capture.E
 	e := capture.Event{
 		Time: now.Add(-time.Duration(mono - raw.Time)), Kind: eventKinds[raw.Kind],
 		Comm: bpf.CommOf(raw), Protocol: uint8(min(raw.Protocol, 255)), Bypassing: raw.Bypass == 1,
+		Reason: bpf.Reason(raw.Reason).String(), ByPolicy: bpf.Reason(raw.Reason) == bpf.Denied,
 		Flow: flow.Flow{
 			Scope:       scope,
 			Source:      netip.AddrPortFrom(bpf.FromAddress(raw.Src), bpf.FromPort(raw.Sport)),

@@ -98,7 +98,8 @@ func (b *Backend) BeforeConnect(name string, fd int, to, client netip.AddrPort, 
 const settle = time.Second
 
 // Refused makes the connect hook refuse the caller's next dial to the same
-// destination by itself, until policy changes. The refusal holds for the
+// destination by itself, for [refusedFor] or until policy changes: the decision
+// may rest on who owns the destination, which no policy tells. The refusal holds for the
 // caller's process image, or for its cgroup, uid and gid together when the
 // identity's selectors name nothing narrower. Without start time (no BTF) a
 // process cannot be told from the next one under its pid, and nothing is done.
@@ -123,10 +124,14 @@ func (b *Backend) Refused(name string, f flow.Flow, who workload.Identity) {
 	if time.Since(changed) < settle {
 		return // it may have been decided by the policy that has just gone
 	}
-	if err := b.inst.Maps.RfDenies.Put(key, generation); err != nil {
+	deny := bpf.Deny{Generation: generation, Until: monotonic() + uint64(refusedFor)}
+	if err := b.inst.Maps.RfDenies.Put(key, deny); err != nil {
 		b.log.Warn("refusal not pushed down; the agent refuses by itself", "scope", name, "error", err)
 	}
 }
+
+// refusedFor is how long the connect hook refuses without asking the agent again.
+const refusedFor = 10 * time.Second
 
 // wholeCgroup reports whether the identity follows from cgroup, uid and gid alone.
 func wholeCgroup(who workload.Identity) bool {
