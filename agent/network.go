@@ -2,6 +2,8 @@ package agent
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +21,7 @@ type network struct {
 	addrs   *addresses
 	backend capture.Backend
 	mesh    []netip.Prefix
+	byUnit  bool // see identitiesByUnit
 }
 
 var _ proxy.Network = (*network)(nil)
@@ -53,5 +56,25 @@ func (n *network) Local(ip netip.Addr) bool { return n.addrs.isLocal(ip) }
 func (n *network) Mesh(ip netip.Addr) bool { return n.addrs.inMesh(ip, n.mesh) }
 
 func (n *network) Refused(f flow.Flow, who workload.Identity) {
+	if n.byUnit && strings.HasSuffix(who.Unit, ".service") && !strings.Contains(who.Unit, "/") {
+		// The service's cgroup alone gave the identity: the refusal is good for all of
+		// it, whichever of its programs dials next.
+		who.Selectors = slices.DeleteFunc(slices.Clone(who.Selectors), func(s workload.Selector) bool { return s.Type != "systemd" })
+	}
 	n.backend.Refused(n.scope, f, who)
+}
+
+// identitiesByUnit reports whether a service's identity follows from what the
+// connect hook knows (cgroup, uid, gid), because no registration entry asks for
+// anything about the executable.
+func identitiesByUnit(entries []Entry) bool {
+	for _, e := range entries {
+		for _, sel := range e.Selectors {
+			kernel := sel.Type == "systemd" || strings.HasPrefix(sel.Value, "uid:") || strings.HasPrefix(sel.Value, "gid:")
+			if !kernel {
+				return false
+			}
+		}
+	}
+	return true
 }
