@@ -70,7 +70,9 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	if err != nil {
 		return fmt.Errorf("ask the agent for %q: %w", path, err)
 	}
-	u.RawQuery = query.Encode()
+	if len(query) > 0 {
+		u.RawQuery = query.Encode()
+	}
 	var in io.Reader
 	if body != nil {
 		data, err := json.Marshal(body)
