@@ -47,10 +47,7 @@ func (a *Agent) joinLeaf(closers *stack) error {
 	a.leafPath = leaf
 	if leaf != own {
 		closers.push("cgroup", func() error {
-			if a.keep {
-				return nil // rules that stay name it
-			}
-			return leaveLeaf(filepath.Join(root, own), filepath.Join(root, leaf))
+			return leaveLeaf(filepath.Join(root, own), filepath.Join(root, leaf), a.keep)
 		})
 	}
 	return nil
@@ -65,11 +62,13 @@ func leafBeside(own, instance string) string {
 	return "/" + leafName(instance)
 }
 
-// leaveLeaf goes back to where the process was started and removes the leaf.
-// Either may be impossible by now (somebody removed the one, a guard is still in
-// the other); the leaf is then left to the next start or to Cleanup.
-func leaveLeaf(home, leaf string) error {
-	if err := os.WriteFile(filepath.Join(home, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0o644); err != nil {
+// leaveLeaf goes back to where the process was started and removes the leaf,
+// unless rules that stay in the kernel name it. Either may be impossible by now
+// (somebody removed the one, a guard is still in the other); the leaf is then
+// left to the next start or to Cleanup.
+func leaveLeaf(home, leaf string, keep bool) error {
+	err := os.WriteFile(filepath.Join(home, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0o644)
+	if err != nil || keep {
 		return nil
 	}
 	if err := os.Remove(leaf); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, fs.ErrNotExist) {

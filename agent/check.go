@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -18,6 +17,7 @@ import (
 
 	"ringfence.dev/agent/admin"
 	"ringfence.dev/agent/capture"
+	"ringfence.dev/agent/svid"
 	"ringfence.dev/proxy"
 )
 
@@ -152,18 +152,31 @@ func connect(file *os.File, to netip.AddrPort, deadline time.Time) error {
 			failed = unix.Connect(int(fd), sockaddr(to))
 			return !errors.Is(failed, unix.EINPROGRESS)
 		}
-		code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-		switch {
-		case err != nil:
-			failed = err
-		case code != 0:
-			failed = unix.Errno(code)
-		default:
-			failed = nil
-		}
-		return true
+		var done bool
+		done, failed = connected(int(fd))
+		return done
 	})
-	return errors.Join(err, failed)
+	if err != nil {
+		return err
+	}
+	return failed
+}
+
+// connected reports whether a connect has ended, and how. Writable alone says
+// nothing: a socket that was polled before the connect is told to be.
+func connected(fd int) (done bool, err error) {
+	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	switch {
+	case err != nil:
+		return true, err
+	case code != 0:
+		return true, unix.Errno(code)
+	}
+	_, err = unix.Getpeername(fd)
+	if errors.Is(err, unix.ENOTCONN) {
+		return false, nil
+	}
+	return true, err
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {
@@ -186,17 +199,14 @@ func reachFix(err error, ip netip.Addr) string {
 
 // transportError keeps what is wrong with the transport and hides what is wrong with the certificate.
 func transportError(err error) error {
-	var verify *tls.CertificateVerificationError
-	var invalid x509.CertificateInvalidError
-	if err == nil || errors.As(err, &verify) || errors.As(err, &invalid) || errors.Is(err, errPeerSVID) {
+	if errors.Is(err, errPeerSVID) {
 		return nil
 	}
 	return err
 }
 
 func clockError(err error) error {
-	var invalid x509.CertificateInvalidError
-	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+	if errors.Is(err, svid.ErrTime) {
 		return err
 	}
 	return nil

@@ -79,7 +79,7 @@ func (c *cover) covers(p string) bool {
 			return true
 		}
 	}
-	return matchAny(c.settings.Cgroups, "/") && p == "/"
+	return matchAny(c.settings.Cgroups, "/")
 }
 
 func matchAny(patterns []string, name string) bool {

@@ -207,3 +207,5 @@ func dir(t testing.TB) string {
 	t.Helper()
 	return filepath.Clean(t.TempDir())
 }
+
+var discard = slog.New(slog.DiscardHandler)
