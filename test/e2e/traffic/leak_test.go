@@ -45,7 +45,7 @@ func TestNothingLeaks(t *testing.T) {
 		}
 		server.Hold("192.0.2.2:7100")
 		// The first connections make what stays: tunnels, certificates, pools.
-		burst(t, shop, echoes, 1000)
+		burst(t, w, shop, echoes, 1000)
 		halfClose(t, w, shop, server, 50)
 		before := map[string]admin.Resources{}
 		for _, h := range []string{"a", "b"} {
@@ -53,7 +53,7 @@ func TestNothingLeaks(t *testing.T) {
 		}
 		start := time.Now()
 		n := loads[w.Capture]
-		burst(t, shop, echoes, n.short)
+		burst(t, w, shop, echoes, n.short)
 		t.Logf("%d connections in %v", n.short, time.Since(start).Round(time.Millisecond))
 		halfClose(t, w, shop, server, n.half)
 		for _, h := range []string{"a", "b"} {
@@ -62,11 +62,17 @@ func TestNothingLeaks(t *testing.T) {
 	})
 }
 
-func burst(t *testing.T, p *world.Puppet, addrs []string, n int) {
+func burst(t *testing.T, w *world.World, p *world.Puppet, addrs []string, n int) {
 	t.Helper()
-	if worked, err := p.Burst(addrs, n, 64); err != nil || worked != n {
-		t.Fatalf("%d of %d connections worked: %v", worked, n, err)
+	worked, err := p.Burst(addrs, n, 64)
+	if err == nil && worked == n {
+		return
 	}
+	t.Errorf("%d of %d connections worked: %v", worked, n, err)
+	for _, h := range []string{"a", "b"} {
+		t.Logf("host %s counts %v and has refused\n%s", h, w.Status(h).Counters, w.Ringfence(h, "decisions", "-n", "10", "--effect", "deny").Out)
+	}
+	t.FailNow()
 }
 
 // halfClose makes connections that the client has ended and the server keeps,
