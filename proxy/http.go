@@ -15,7 +15,7 @@ var strip = h1.NewNames(h1.IdentityFields()...)
 type httpState struct {
 	only     bool   // each request needs its own permit
 	add      []byte // lines that tell the server its verified caller
-	refused  bool   // dry-run let something pass that is no permitted HTTP
+	lax      bool   // what passes now is nothing that enforce would let
 	requests uint64
 }
 
@@ -23,14 +23,7 @@ type httpState struct {
 // the service every connection is looked at, since HTTP servers are told their
 // caller; what is not HTTP is opaque at once unless the service is HTTP-only.
 func (l *link) filterFor(uri string, hash []byte) {
-	cfg := &l.scope.observe
-	if l.session.HTTPOnly() {
-		l.http.only = true
-		cfg = &l.scope.enforce
-		if l.conn.Mode != authz.Enforce {
-			cfg = &l.scope.dryRun
-		}
-	}
+	l.http.only = l.session.HTTPOnly()
 	if uri != "" {
 		by := ""
 		if !l.conn.Destination.ID.IsZero() {
@@ -38,7 +31,22 @@ func (l *link) filterFor(uri string, hash []byte) {
 		}
 		l.http.add = h1.AppendXFCC(nil, by, uri, hash)
 	}
-	l.filter = h1.New(cfg, (*handler)(l))
+	l.filter = h1.New(l.scope.filtering(l.http.only, l.conn.Mode), (*handler)(l))
+}
+
+// filtering is how a link is filtered. An enforcing scope refuses a request
+// that is not valid on any service, because a server that reads it otherwise
+// would believe what the client says in the relay's name.
+func (s *Scope) filtering(only bool, mode authz.Mode) *h1.Config {
+	switch {
+	case only && mode == authz.Enforce:
+		return &s.enforce
+	case only:
+		return &s.dryRun
+	case mode == authz.Enforce:
+		return &s.observe
+	}
+	return &s.passive
 }
 
 // handler answers the filter's questions. It is called with the link's lock held.
@@ -100,8 +108,7 @@ func (h *handler) Refused(r h1.Refusal) *h1.Reply {
 	l.scope.relay.count.malformed.Add(1)
 	d := l.session.Refuse(r.Reason)
 	if d.Allowed() {
-		l.http.refused = true
-		return nil
+		return h1.Pass
 	}
 	return h1.Deny(r.Status, d.ID.String(), r.Reason)
 }

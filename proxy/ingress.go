@@ -327,6 +327,7 @@ func (l *link) run() {
 	if !l.scope.enter(l) {
 		l.abort(errStopped)
 	}
+	l.setMode(l.scope.Mode()) // it may have changed before the link was in the table
 	l.begin()
 	p := &l.down
 	if l.own == l.server {

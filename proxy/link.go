@@ -217,7 +217,8 @@ func (l *link) actLocked(p *port, out *h1.Out, err error, wait bool) {
 		l.cutLocked(err)
 	case out.Close:
 		l.endLocked()
-	case opaque:
+	case opaque && l.filter != nil: // or the other half was quicker
+		l.http.lax = l.filter.Lax()
 		l.filter = nil
 	}
 }

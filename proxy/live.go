@@ -41,10 +41,14 @@ func (l *link) decideLocked() (cut bool) {
 func (l *link) setMode(m authz.Mode) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.cut || l.over {
+	if l.cut || l.over || l.conn.Mode == m {
 		return
 	}
 	l.conn.Mode = m
+	if l.filter != nil {
+		l.filter.Configure(l.scope.filtering(l.http.only, m))
+		l.http.lax = l.filter.Lax()
+	}
 	session, err := l.scope.relay.open(l.conn)
 	if err != nil {
 		if m == authz.Enforce {
@@ -56,7 +60,7 @@ func (l *link) setMode(m authz.Mode) {
 	if l.decideLocked() || m != authz.Enforce {
 		return
 	}
-	if l.http.refused || (session.HTTPOnly() && !l.http.only) {
+	if l.http.lax || (session.HTTPOnly() && !l.http.only) {
 		// It goes on as opaque, or was never asked about its requests: dry-run
 		// could let that pass, enforce cannot.
 		l.cutLocked(errRevoked)

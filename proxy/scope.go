@@ -24,7 +24,7 @@ type Scope struct {
 	network   Network
 	listeners []listener
 	// The filter's configurations, one for each mode.
-	enforce, dryRun, observe h1.Config
+	enforce, dryRun, observe, passive h1.Config
 
 	mode atomic.Uint32
 
@@ -57,8 +57,9 @@ func (r *Relay) newScope(c ScopeConfig) (*Scope, error) {
 	s.mode.Store(uint32(c.Mode))
 	s.enforce = r.cfg.HTTP
 	s.enforce.Strip = strip
-	s.dryRun, s.observe = s.enforce, s.enforce
-	s.enforce.Mode, s.dryRun.Mode, s.observe.Mode = h1.Enforce, h1.DryRun, h1.Observe
+	s.dryRun, s.observe, s.passive = s.enforce, s.enforce, s.enforce
+	s.enforce.Mode, s.dryRun.Mode = h1.Enforce, h1.DryRun
+	s.observe.Mode, s.passive.Mode = h1.Observe, h1.Passive
 	for _, group := range []struct {
 		fds   []int
 		serve func(context.Context, socket.Accepted) *link

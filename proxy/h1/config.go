@@ -8,7 +8,8 @@ type Mode uint8
 const (
 	Enforce Mode = iota // refused; the zero value, so that a forgotten mode refuses
 	DryRun              // reported to Handler.Refused, then the connection is opaque
-	Observe             // the connection is opaque, which is no error
+	Observe             // opaque if the first line is no request's, else refused
+	Passive             // opaque, and reported where Observe would refuse
 )
 
 // Defaults and bounds. MaxOutstanding is how many requests may wait for their
@@ -31,7 +32,7 @@ type Config struct {
 	// trailers. Every field that Verdict.Add writes belongs in it.
 	Strip *Names
 	// Upgrades are the tokens, lower case and without version, that a client may
-	// ask to upgrade to on an Enforce or DryRun service. Nil means websocket only.
+	// ask to upgrade to in Enforce and DryRun mode. Nil means websocket only.
 	// h2c is never among them: it is taken out of the request, and the server ignores it.
 	Upgrades []string
 	MaxHead  int // octets of a message head, or of a trailer section
@@ -65,11 +66,15 @@ type Handler interface {
 	// Response is told the status of the final response to request seq, when its
 	// head passes.
 	Response(seq uint32, status int)
-	// Refused is told what the filter refuses by itself. In Enforce mode the
-	// returned reply goes to the client, if one can still be given; nil means a
-	// problem document with r's status and reason. In DryRun it is ignored.
+	// Refused is told what the filter refuses by itself. In Enforce and Observe mode
+	// the returned reply goes to the client, if one can still be given; nil means
+	// a problem document with r's status and reason, and [Pass] lets the connection
+	// go on as opaque. In the others it is ignored.
 	Refused(r Refusal) *Reply
 }
+
+// Pass is what Refused returns for a connection that is not to be refused anything after all.
+var Pass = new(Reply)
 
 // Verdict is a Handler's answer. The zero value refuses.
 type Verdict struct {

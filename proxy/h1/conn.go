@@ -11,7 +11,10 @@ type Conn struct {
 	down        downstream
 	up          upstream
 
+	http   bool      // the first line was a request's; of no meaning where HTTP is no guess
 	opaque bool      // all bytes pass
+	lax    bool      // because nothing is refused
+	pardon bool      // the handler has said Pass
 	ended  bool      // Close was given; what still comes is thrown away
 	cut    *CutError // likewise, without a goodbye
 }
@@ -37,6 +40,10 @@ type downstream struct {
 	gated   bool   // CONNECT or an upgrade awaits its answer: what follows may not be HTTP
 	last    bool   // no request follows the current one
 	dead    bool   // what still comes is thrown away
+
+	line  firstLine
+	sent  []byte // octets of the current head that have passed, if there are not too many
+	ahead int    // how many have
 }
 
 // upstream is the state of what the server sends.
@@ -44,13 +51,23 @@ type upstream struct {
 	half
 	begun  bool // part of the front request's final response has left
 	closes bool // this response is the server's last
+	free   bool // it is not HTTP, and passes unread
 }
 
 // New makes the filter of one connection. cfg and h must not be nil.
 func New(cfg *Config, h Handler) *Conn { return &Conn{cfg: cfg, handler: h} }
 
+// Configure makes cfg hold from the next step on, for a connection whose mode
+// changes while it lives: from Enforce to DryRun and from Observe to Passive, or
+// back. What is opaque stays opaque; ask [Conn.Lax].
+func (c *Conn) Configure(cfg *Config) { c.cfg, c.pardon = cfg, false }
+
 // Opaque reports whether all bytes pass from now on.
 func (c *Conn) Opaque() bool { return c.opaque }
+
+// Lax reports whether all bytes pass only because the mode refuses nothing:
+// Enforce in DryRun's place, or Observe in Passive's, would not let them.
+func (c *Conn) Lax() bool { return c.lax }
 
 // Outstanding is the number of requests whose responses are not complete.
 func (c *Conn) Outstanding() int { return c.outstanding.len() }
@@ -58,7 +75,7 @@ func (c *Conn) Outstanding() int { return c.outstanding.len() }
 // Idle reports whether the connection is between messages, so that closing it
 // loses nothing. An opaque connection never is.
 func (c *Conn) Idle() bool {
-	return !c.opaque && c.outstanding.empty() && c.down.idle() && c.up.idle()
+	return !c.opaque && !c.up.free && c.outstanding.empty() && c.down.idle() && c.up.idle()
 }
 
 func (h *half) idle() bool { return h.body.kind == noBody && !h.waiting }
@@ -73,7 +90,7 @@ func (c *Conn) Downstream(in []byte, eof bool, out *Out) (n int, err error) {
 	c.down.waiting = false
 	for c.clientBytes(&s) {
 	}
-	if eof && s.pos < len(in) && !out.Hold {
+	if eof && (s.pos < len(in) || c.http && c.down.ahead > 0) && !out.Hold {
 		c.truncatedRequest(&s)
 	}
 	return c.finish(&s, &c.down.half, c.down.dead)
@@ -134,12 +151,17 @@ func (c *Conn) cutOff(reason string) {
 	c.cut = &CutError{reason}
 }
 
-// refused reports a refusal, and gives the reply that Enforce mode sends.
+// refused reports a refusal, and gives the reply to send where it is one.
 func (c *Conn) refused(r Refusal) *Reply {
-	if c.cfg.Mode == Observe {
+	if c.guessing() {
 		return nil
 	}
-	if reply := c.handler.Refused(r); reply != nil {
+	reply := c.handler.Refused(r)
+	switch {
+	case reply == Pass:
+		c.pardon = c.pardon || c.strict()
+		return nil
+	case reply != nil:
 		return reply
 	}
 	return Deny(r.Status, "", r.Reason)

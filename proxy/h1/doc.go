@@ -46,14 +46,33 @@
 // refuses nothing: the connection goes on as opaque. What can still become a
 // request is held as it will be once the service is enforced.
 //
-// In [Observe] HTTP is a guess. The first octets are held only while they can
-// still begin a registered method, a space, a target and HTTP/1.x; the octet
-// that rules this out makes the connection opaque at once, and so does a server
-// that speaks first. There is no timer. From there on a head is held until it is
-// complete, since lines are to be put into it. A client that sent part of a
-// head and then waited for the server would get no answer from an HTTP server either.
+// In [Observe] HTTP is a guess, which the first line decides. Octets are held only
+// while they can still become the valid request line of a registered method;
+// the octet that rules this out releases them, and so does a server that speaks
+// first. There is no timer. What is released, and every other beginning, passes
+// while it is looked at, up to the end of the line. If no server could take that
+// for a request line, the connection is opaque. If one could, the connection is
+// HTTP from there on, and held to what Enforce demands of requests: head by head,
+// body by body. Even when the line itself has passed by then, no line of the
+// header has. A head is held until it is complete, since lines are to be put into
+// it. A client that sent part of a head and then waited for the server would get
+// no answer from an HTTP server either.
 //
-// An opaque connection can carry anything. So the lines that the filter adds
-// are worth a server's trust on an Enforce service only: elsewhere a client can
-// begin with what is not quite HTTP, and write those lines itself.
+// Two things that Enforce refuses pass in Observe: an upgrade to any protocol
+// but HTTP/2, and a response that is not valid. The latter passes as it is,
+// up to the connection's end, and no request follows it.
+//
+// [Passive] is to Observe what DryRun is to Enforce: where Observe would refuse,
+// it is reported, and the connection goes on as opaque.
+//
+// A mode may change while a connection lives ([Conn.Configure]).
+//
+// # What the added lines are worth
+//
+// In Enforce a server never sees a client's own lines under the names in
+// Config.Strip. In Observe it does not as long as it reads requests only where
+// this package does: behind a first line that it recognises. Behind the preface of
+// HTTP/2, a line of the PROXY protocol, an upgrade that the server granted, or
+// bytes that the server was the first to send, all passes. In DryRun and Passive
+// every refusal that is reported is a way for a client to write those lines itself.
 package h1

@@ -30,10 +30,10 @@ func (c *Conn) requestHead(s *step) (progress bool) {
 		return false
 	}
 	d.gated = false
-	raw := s.rest()
-	if d.seq == 0 && c.cfg.Mode == Observe && !couldBeHTTP(raw) {
-		return c.goOpaque(s.out)
+	if c.guessing() {
+		return c.guess(s)
 	}
+	raw := s.rest()
 	n, f := c.scanRequest(raw)
 	if f.bad() {
 		d.seq++
@@ -45,7 +45,8 @@ func (c *Conn) requestHead(s *step) (progress bool) {
 	}
 	d.scan, d.lineOK = scanner{}, false
 	d.seq++
-	c.decide(s, raw[:n])
+	c.decide(s, d.wholeHead(raw[:n]))
+	d.sent, d.ahead = nil, 0
 	return true
 }
 
@@ -54,7 +55,7 @@ func (c *Conn) requestHead(s *step) (progress bool) {
 func (c *Conn) scanRequest(raw []byte) (n int, f fault) {
 	d := &c.down
 	seen := d.scan.seen
-	n, f = d.scan.scan(raw, c.cfg.maxHead(), c.cfg.maxFields())
+	n, f = d.scan.scan(raw, c.cfg.maxHead()-d.ahead, c.cfg.maxFields())
 	switch {
 	case f.bad() || d.lineOK || n > 0:
 	case d.scan.lines > 0:
@@ -68,7 +69,7 @@ func (c *Conn) scanRequest(raw []byte) (n int, f fault) {
 }
 
 // decide parses a whole head and asks the handler. Nothing of the request has
-// been forwarded before.
+// been forwarded before, unless its first line came late.
 func (c *Conn) decide(s *step, raw []byte) {
 	h := &s.out.head
 	*h = Head{Seq: c.down.seq}
@@ -90,7 +91,7 @@ func (c *Conn) decide(s *step, raw []byte) {
 // forward sends an allowed request on its way: the request line, the lines to
 // add, and what is not stripped of the rest, untouched.
 func (c *Conn) forward(s *step, h *Head, v *Verdict) {
-	base := s.pos
+	base := s.pos - c.down.ahead // where the head would begin in the input
 	s.pos = base + h.first
 	if len(v.Add) > 0 {
 		s.insert(s.out.copied(v.Add))
@@ -150,7 +151,8 @@ func (c *Conn) answer(s *step, h *Head, reply *Reply) {
 	// (RFC 9110 section 10.1.1): whether the next octets are body is anyone's guess.
 	guess := h.fields.expect && h.hasBody()
 	closing := reply.Close || h.wantsClose() || guess || h.ContentLength > c.cfg.maxSkip()
-	s.drop(len(h.raw))
+	closing = closing || d.ahead > 0 // the server has the beginning of it
+	s.drop(len(h.raw) - d.ahead)
 	c.give(s, reply, asker{head: h.isHEAD, minor: h.Minor, close: closing})
 	d.dead = closing
 	if !closing {

@@ -26,9 +26,9 @@ func FuzzRequests(f *testing.F) {
 		if len(data) > 4096 {
 			return
 		}
-		w, ours := requestsOf(t, data, 1)
+		w, ours := requestsOf(t, data, 1, Enforce)
 		for _, chop := range []int{0, 7} {
-			other, also := requestsOf(t, data, chop)
+			other, also := requestsOf(t, data, chop, Enforce)
 			if len(also) != len(ours) || len(other.refusals) != len(w.refusals) || other.toServer.String() != w.toServer.String() {
 				t.Fatalf("in pieces of %d: %d requests, %+v, %q\nof 1: %d requests, %+v, %q", chop,
 					len(also), other.refusals, other.toServer.String(), len(ours), w.refusals, w.toServer.String())
@@ -36,12 +36,13 @@ func FuzzRequests(f *testing.F) {
 		}
 		compareRequests(t, w.toServer.String(), ours)
 		checkDryRun(t, data)
+		checkObserve(t, data)
 	})
 }
 
 // requestsOf lets everything pass. The offsets are right for pieces of one octet only.
-func requestsOf(t *testing.T, data []byte, chop int) (w *world, ours []seen) {
-	w = newWorld(t, Config{Strip: NewNames(IdentityFields()...)})
+func requestsOf(t *testing.T, data []byte, chop int, mode Mode) (w *world, ours []seen) {
+	w = newWorld(t, Config{Mode: mode, Strip: NewNames(IdentityFields()...)})
 	w.chop = chop
 	w.decide = func(h *Head) Verdict {
 		ours = append(ours, seen{strings.Clone(h.Method), strings.Clone(h.Target), strings.Clone(h.Host), h.ContentLength, w.toServer.Len()})
@@ -83,10 +84,7 @@ func compareRequests(t *testing.T, forwarded string, ours []seen) {
 			t.Fatalf("request %d: net/http sees %+v, we saw %+v in %q", i+1, got, want, forwarded)
 		}
 		_, err = io.Copy(io.Discard, req.Body)
-		forged := func(name string, _ []string) bool { return NewNames(IdentityFields()...).Has([]byte(name)) }
-		if containsField(req.Header, forged) || containsField(req.Trailer, forged) {
-			t.Fatalf("request %d: a forged field passed in %q", i+1, forwarded)
-		}
+		wantNotForged(t, req, forwarded)
 		if err != nil {
 			return
 		}
@@ -104,7 +102,7 @@ func containsField(h http.Header, match func(string, []string) bool) bool {
 
 func checkDryRun(t *testing.T, data []byte) {
 	t.Helper()
-	for _, mode := range []Mode{DryRun, Observe} {
+	for _, mode := range []Mode{DryRun, Passive} {
 		w := newWorld(t, Config{Mode: mode})
 		w.chop = 3
 		w.client(string(data))
@@ -118,6 +116,60 @@ func checkDryRun(t *testing.T, data []byte) {
 		if got != string(data) && !hides && !held {
 			t.Fatalf("mode %d changed %q to %q", mode, data, got)
 		}
+	}
+}
+
+// checkObserve: a server that finds requests in what passed finds those that
+// were decided, without forged fields, however the octets came; and Passive
+// sees what Observe refuses.
+func checkObserve(t *testing.T, data []byte) {
+	t.Helper()
+	reported := -1
+	for _, mode := range []Mode{Observe, Passive} {
+		for _, chop := range []int{0, 1, 5} {
+			w, ours := requestsOf(t, data, chop, mode)
+			if n := len(w.refusals); reported >= 0 && n != reported {
+				t.Fatalf("mode %d in pieces of %d: refusals %+v, else %d", mode, chop, w.refusals, reported)
+			}
+			reported = len(w.refusals)
+			switch got := w.toServer.String(); {
+			case mode == Observe && chop == 1 && !w.conn.Opaque():
+				if len(ours) > 0 {
+					ours[0].start = 0 // its first line may have passed before
+				}
+				compareRequests(t, got, ours)
+			case mode == Observe:
+				neverForged(t, got)
+			}
+			if mode == Observe && w.conn.Lax() {
+				t.Fatal("lax")
+			}
+		}
+	}
+}
+
+// neverForged reads as a server does.
+func neverForged(t *testing.T, forwarded string) {
+	t.Helper()
+	r := bufio.NewReader(strings.NewReader(forwarded))
+	for {
+		req, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		_, err = io.Copy(io.Discard, req.Body)
+		wantNotForged(t, req, forwarded)
+		if err != nil {
+			return
+		}
+	}
+}
+
+func wantNotForged(t *testing.T, req *http.Request, forwarded string) {
+	t.Helper()
+	forged := func(name string, _ []string) bool { return NewNames(IdentityFields()...).Has([]byte(name)) }
+	if containsField(req.Header, forged) || containsField(req.Trailer, forged) {
+		t.Fatalf("a forged field passed in %q", forwarded)
 	}
 }
 
@@ -207,7 +259,7 @@ func FuzzConversation(f *testing.F) {
 		if len(script) > 2048 {
 			return
 		}
-		w := newWorld(t, Config{Mode: Mode(mode % 3), MaxSkip: 50})
+		w := newWorld(t, Config{Mode: Mode(mode % 4), MaxSkip: 50})
 		w.decide = denyB
 		for len(script) > 0 {
 			n := min(int(script[0]&0x7f), len(script)-1)
@@ -221,7 +273,7 @@ func FuzzConversation(f *testing.F) {
 		}
 		w.serverFIN()
 		w.clientFIN()
-		if mode%3 == 0 && !w.conn.Opaque() {
+		if (mode%4 == 0 || mode%4 == 2) && !w.conn.Opaque() {
 			neverB(t, w.toServer.String())
 		}
 	})

@@ -1,9 +1,11 @@
 package h1
 
-// refuseHead refuses bytes of which nothing was forwarded: they are not a valid request.
+// refuseHead refuses bytes that are not a valid request. Nothing of its header
+// was forwarded.
 func (c *Conn) refuseHead(s *step, f fault) {
+	c.down.sent, c.down.ahead = nil, 0
 	reply := c.refused(Refusal{Status: f.status, Reason: f.reason, Seq: c.down.seq})
-	if c.cfg.Mode != Enforce {
+	if !c.strict() {
 		c.passOrDie(s.out)
 		return
 	}
@@ -17,7 +19,7 @@ func (c *Conn) refuseHead(s *step, f fault) {
 func (c *Conn) refuseBody(s *step, f fault) {
 	d := &c.down
 	reply := c.refused(Refusal{Status: f.status, Reason: f.reason, Seq: d.seq})
-	if c.cfg.Mode != Enforce {
+	if !c.strict() {
 		c.passOrDie(s.out)
 		return
 	}
@@ -25,7 +27,7 @@ func (c *Conn) refuseBody(s *step, f fault) {
 	d.dead = true
 	q := &c.outstanding
 	switch {
-	case !q.holds(d.number): // the server answered early
+	case c.up.free || !q.holds(d.number): // or the server answered early
 		c.end(s.out)
 	case q.head != d.number:
 		e := q.at(d.number)
@@ -39,9 +41,18 @@ func (c *Conn) refuseBody(s *step, f fault) {
 	}
 }
 
-// passOrDie is what a refusal comes to outside of Enforce mode.
+// passes is what a refusal comes to where nothing is refused: the connection
+// goes on as opaque, if it can.
+func (c *Conn) passes(out *Out) bool {
+	if c.strict() || !c.goOpaque(out) {
+		return false
+	}
+	c.lax = !c.guessing() && !c.pardon
+	return true
+}
+
 func (c *Conn) passOrDie(out *Out) {
-	if !c.goOpaque(out) {
+	if !c.passes(out) {
 		c.down.dead = true
 		c.outstanding.at(c.outstanding.tail - 1).bits |= isLast
 	}
@@ -50,8 +61,20 @@ func (c *Conn) passOrDie(out *Out) {
 // stray deals with octets after a request that was to be the last. They belong to
 // nothing: a server that kept to the protocol would not read them.
 func (c *Conn) stray(s *step) {
-	if c.cfg.Mode == Enforce || !c.goOpaque(s.out) {
+	switch {
+	case c.up.free:
+		c.unheard(s)
+	case !c.passes(s.out):
 		c.down.dead = true
+	}
+}
+
+// unheard deals with requests behind a response that was not HTTP: nobody could
+// tell what answers them. A client takes the end for that of an idle connection.
+func (c *Conn) unheard(s *step) {
+	c.refused(Refusal{Status: 502, Reason: "request after a response that was not HTTP", Seq: c.down.seq + 1, Upstream: true})
+	if !c.passes(s.out) {
+		c.end(s.out)
 	}
 }
 
@@ -61,7 +84,7 @@ func (c *Conn) truncatedRequest(s *step) {
 		c.down.seq++
 		c.refuseHead(s, malformed("incomplete request"))
 	}
-	if c.cfg.Mode == Enforce || c.down.skip || c.down.dead {
+	if c.strict() || c.down.skip || c.down.dead {
 		s.drop(len(s.rest()))
 	}
 	s.pos = len(s.in)
@@ -69,9 +92,12 @@ func (c *Conn) truncatedRequest(s *step) {
 
 // refuseResponse refuses what the server sent as an answer to the front request.
 func (c *Conn) refuseResponse(s *step, reason string) {
+	if c.free(s.out) {
+		return
+	}
 	e := *c.outstanding.front()
 	reply := c.refused(Refusal{Status: 502, Reason: reason, Seq: e.seq, Upstream: true})
-	if c.cfg.Mode != Enforce && c.goOpaque(s.out) {
+	if c.passes(s.out) {
 		return
 	}
 	s.drop(len(s.rest()))
@@ -93,10 +119,26 @@ func (c *Conn) refuseResponse(s *step, reason string) {
 // which the server speaks first, or a response smuggled ahead of its request,
 // which the client would take for the answer to its next one.
 func (c *Conn) unsolicited(s *step) {
+	if c.free(s.out) {
+		return
+	}
 	c.refused(Refusal{Status: 502, Reason: "response without a request", Upstream: true})
-	if c.cfg.Mode != Enforce && c.goOpaque(s.out) {
+	if c.passes(s.out) {
 		return
 	}
 	s.drop(len(s.rest()))
 	c.end(s.out)
+}
+
+// free lets pass what a server says that is not HTTP, where no policy hangs on
+// it: old servers answer HTTP with something of their own. Requests must not go
+// on as opaque for that, so none follows.
+func (c *Conn) free(out *Out) bool {
+	if c.cfg.Mode != Observe && c.cfg.Mode != Passive || !c.http {
+		return false
+	}
+	c.up.free, c.down.last = true, true
+	c.down.sent, c.down.ahead = nil, 0
+	out.Wake = out.Wake || c.down.waiting
+	return true
 }

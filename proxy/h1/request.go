@@ -223,7 +223,7 @@ func (h *Head) checkUpgrade(cfg *Config, out *Out) fault {
 		return fault{}
 	}
 	h.Upgrade = view(lowered(h.fields.upgrade, out))
-	if cfg.Mode == Observe {
+	if cfg.Mode == Observe || cfg.Mode == Passive {
 		return fault{}
 	}
 	if h.fields.upgrades > 1 {

@@ -86,16 +86,84 @@ func TestLyingServerGives502(t *testing.T) {
 
 func TestLyingServerPassesInDryRun(t *testing.T) {
 	for name, response := range liars {
-		for mode, refusals := range map[Mode]int{DryRun: 1, Observe: 0} {
+		for _, mode := range []Mode{DryRun, Passive} {
 			w := newWorld(t, Config{Mode: mode})
 			w.client(getA + getB)
 			w.server(response + "rest")
 			w.wantClient(response + "rest")
 			w.client("anything")
 			w.wantServer(getA + getB + "anything")
-			if len(w.refusals) != refusals || !w.conn.Opaque() {
+			if len(w.refusals) != 1 || !w.conn.Opaque() || !w.conn.Lax() {
 				t.Errorf("%s: refusals %+v, opaque %v", name, w.refusals, w.conn.Opaque())
 			}
+		}
+	}
+}
+
+// TestLyingServerIsHeardInObserve: its answer passes, whatever it is, and no request follows.
+func TestLyingServerIsHeardInObserve(t *testing.T) {
+	for name, response := range liars {
+		for _, chop := range []int{0, 1} {
+			w := newWorld(t, Config{Mode: Observe})
+			w.chop = chop
+			w.client("POST /a HTTP/1.1\r\nHost: a.test\r\nContent-Length: 9\r\n\r\npart")
+			w.server(response + "rest")
+			w.client(" rest")
+			w.server("more")
+			w.wantClient(response + "restmore")
+			w.wantServer("POST /a HTTP/1.1\r\nHost: a.test\r\nContent-Length: 9\r\n\r\npart rest")
+			if w.closed || w.conn.Idle() || w.conn.Opaque() || len(w.refusals) > 0 {
+				t.Errorf("%s: closed %v, idle %v, refusals %+v", name, w.closed, w.conn.Idle(), w.refusals)
+			}
+			sent := w.toServer.String()
+			w.client(getB)
+			w.wantServer(sent)
+			if !w.closed || len(w.refusals) != 1 || !w.refusals[0].Upstream {
+				t.Errorf("%s: closed %v, refusals %+v", name, w.closed, w.refusals)
+			}
+		}
+	}
+}
+
+func TestLyingServerEndsInObserve(t *testing.T) {
+	for _, response := range []string{"ICY 200 OK\r\nstream", "HTTP/1.1 200 OK\r\nContent-"} {
+		w := newWorld(t, Config{Mode: Observe})
+		w.client(getA)
+		w.server(response)
+		w.serverFIN()
+		w.wantClient(response)
+		if !w.clientEOF || w.closed || len(w.refusals) > 0 {
+			t.Errorf("%q: FIN %v, closed %v, refusals %+v", response, w.clientEOF, w.closed, w.refusals)
+		}
+	}
+}
+
+// TestBadBodyBehindAFreeAnswer: a reply of ours must not land inside of it.
+func TestBadBodyBehindAFreeAnswer(t *testing.T) {
+	w := newWorld(t, Config{Mode: Observe})
+	w.client("POST /a HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n")
+	w.server("hello")
+	w.client("zz\r\n")
+	w.wantClient("hello")
+	if !w.closed || len(w.refusals) != 1 {
+		t.Errorf("closed %v, refusals %+v", w.closed, w.refusals)
+	}
+}
+
+// TestTimeoutIsHeardInObserve: a server may give up on a request that never comes.
+func TestTimeoutIsHeardInObserve(t *testing.T) {
+	const timeout = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+	for _, begun := range []string{"", "GET /b HT", "GET /b HTTP/1.1\r\nHo"} {
+		w := newWorld(t, Config{Mode: Observe})
+		w.client(getA)
+		w.server(ok)
+		w.client(begun)
+		w.server(timeout)
+		w.wantClient(ok + timeout)
+		w.client("st: a.test\r\nX-Forwarded-Client-Cert: forged\r\n\r\n")
+		w.wantServer(getA)
+		if !w.closed || len(w.refusals) != 1 {
+			t.Errorf("%q: closed %v, refusals %+v", begun, w.closed, w.refusals)
 		}
 	}
 }

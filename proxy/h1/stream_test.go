@@ -230,41 +230,6 @@ func TestExpectContinuePasses(t *testing.T) {
 	}
 }
 
-func TestObserveServerFirst(t *testing.T) {
-	for mode, refusals := range map[Mode]int{Observe: 0, DryRun: 1} {
-		w := newWorld(t, Config{Mode: mode})
-		w.client("GE") // held: it can become a request
-		w.server("220 mail.test ESMTP\r\n")
-		w.wantClient("220 mail.test ESMTP\r\n")
-		w.wantServer("GE")
-		w.client("HLO\r\n")
-		w.wantServer("GEHLO\r\n")
-		if !w.conn.Opaque() || len(w.refusals) != refusals {
-			t.Errorf("mode %d: opaque %v, refusals %+v", mode, w.conn.Opaque(), w.refusals)
-		}
-	}
-}
-
-// TestObserveHoldsNothingElse: the octet that rules HTTP out releases all.
-func TestObserveHoldsNothingElse(t *testing.T) {
-	for _, c := range []struct{ held, releases string }{
-		{"", "\x16"}, {"", "*"}, {"", "\r"}, {"", "g"}, {"", "Z"}, {"GE", "X"}, {"GET", "\r"}, {"GET", "S"},
-		{"PUT /x", "\x00"}, {"CONNECT {\"a\":1}\r", "\n"}, {"P", "I"}, {"GET key\r", "\n"}, {"GET / HTTP/1.1\r\nA", "\n"},
-		{"GET / HTTP/1.1\r\n", "\r\n"}, {"UPDATEREDIRECTREF", "X"}, {"GET / RTSP/1.0\r", "\n"},
-	} {
-		w := newWorld(t, Config{Mode: Observe})
-		for i := range len(c.held) {
-			w.client(c.held[i : i+1])
-		}
-		w.wantServer("")
-		w.client(c.releases)
-		w.wantServer(c.held + c.releases)
-		if !w.conn.Opaque() {
-			t.Errorf("%q then %q: not opaque", c.held, c.releases)
-		}
-	}
-}
-
 func TestIncompleteRequestAtEOF(t *testing.T) {
 	w := newWorld(t, Config{})
 	w.client("GET / HTTP/1.1\r\nHost:")

@@ -9,7 +9,7 @@ func (c *Conn) serverBytes(s *step) (progress bool) {
 	case c.ended:
 		s.drop(len(s.rest()))
 		return false
-	case c.opaque:
+	case c.opaque || c.up.free:
 		s.pos = len(s.in)
 		return false
 	case s.pos == len(s.in):
@@ -123,10 +123,10 @@ func (c *Conn) serverEOF(s *step) {
 		return
 	case s.pos < len(s.in) && c.up.body.kind == noBody:
 		c.refuseResponse(s, "incomplete response head")
-		if c.opaque {
-			s.pos = len(s.in)
+		if !c.opaque && !c.up.free {
+			return
 		}
-		return
+		s.pos = len(s.in)
 	case s.pos < len(s.in):
 		// The client finds the body incomplete by the same rules as we do.
 		s.pos = len(s.in)
