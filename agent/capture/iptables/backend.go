@@ -15,6 +15,7 @@ import (
 
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/agent/capture/observe"
+	"ringfence.dev/agent/capture/outgoing"
 	"ringfence.dev/attest/cgroup"
 	"ringfence.dev/attest/proc"
 	"ringfence.dev/attest/workload"
@@ -56,6 +57,8 @@ type Backend struct {
 	guard  *Guard
 	log    *slog.Logger
 
+	callers *callers // has a lock of its own
+
 	repairs atomic.Uint64
 
 	mu     sync.Mutex // held means that scopes does not change
@@ -85,6 +88,7 @@ func New(ctx context.Context, cfg Config) (*Backend, error) {
 	if err := b.findLeaf(cfg.Leaf); err != nil {
 		return nil, err
 	}
+	b.callers = newCallers(b.procs, b.tree)
 	if b.mark, err = randomMark(); err != nil {
 		return nil, err
 	}
@@ -192,9 +196,6 @@ func (b *Backend) SetCgroups(name string, cgroups []capture.Cgroup) error {
 	if err != nil {
 		return err
 	}
-	if err := b.watch.SetCgroups(name, cgroups); err != nil {
-		return err
-	}
 	sc.mu.Lock()
 	defer sc.mu.Unlock()
 	return sc.setCgroupsLocked(context.Background(), cgroups)
@@ -215,18 +216,14 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	return err
 }
 
-// BeforeConnect binds the agent's dial to the caller's device. Nothing has to be
-// exempted: the socket is of the agent's cgroup. The server sees the agent's
+// BeforeConnect binds the agent's dial to the caller's device and source address.
+// Nothing has to be exempted: the socket is of the agent's cgroup. The server sees the agent's
 // address; client is not used.
-func (b *Backend) BeforeConnect(_ string, fd int, _, _ netip.AddrPort, f flow.Flow) error {
-	if f.Device == 0 {
+func (b *Backend) BeforeConnect(_ string, fd int, to, client netip.AddrPort, f flow.Flow) error {
+	if client.IsValid() {
 		return nil
 	}
-	// SO_BINDTOIFINDEX is Linux 5.0.
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, int(f.Device)); err != nil {
-		return fmt.Errorf("bind to device %d: %w", f.Device, err)
-	}
-	return nil
+	return outgoing.BindLike(fd, to.Addr(), f)
 }
 
 // Refused does nothing: rules cannot tell one caller's destination from another's.
@@ -250,6 +247,7 @@ func (b *Backend) Close(detach bool) error {
 		errs = append(errs, sc.closeLocked(context.Background(), detach || !sc.closedWhenDownLocked()))
 		sc.mu.Unlock()
 	}
+	b.callers.close()
 	errs = append(errs, b.watch.Close(detach))
 	return errors.Join(errs...)
 }

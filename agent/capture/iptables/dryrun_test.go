@@ -18,6 +18,7 @@ func TestDryRunDisturbsNothing(t *testing.T) {
 	serveWorkload(t, h.ns, cg.work, "0.0.0.0:8088") // as a container engine's proxy does
 	h.add(authz.DryRun)
 	h.want(cg.work, "peer", "192.0.2.2:8080", "from=192.0.2.1:700")
-	h.want(cg.work, "outbound 192.0.2.2:8080", "192.0.2.2:8080", "mark=77")
+	h.want(cg.work, "peer", "192.0.2.2:8080", "mark=77") // a mark chooses a route
+	h.want(cg.work, "outbound 192.0.2.2:8080", "192.0.2.2:8080")
 	h.wantPeer("peer", "192.0.2.1:8088")
 }

@@ -58,6 +58,10 @@ func (b *Backend) Origin(name string, d flow.Direction, fd int, local, remote ne
 		return flow.Flow{}, fmt.Errorf("find the caller of %v from %v: %w", f.Destination, f.Source, err)
 	}
 	f.Source, f.Device = sock.Source, sock.Device
+	// The workload's own socket says which address the kernel or the program chose.
+	if at := sock.Source.Addr().Unmap(); !at.IsLoopback() {
+		f.BoundSource = at
+	}
 	f.Caller, err = b.evidence(ctx, sock)
 	return f, err
 }
@@ -88,12 +92,13 @@ func (sc *scope) caller(ctx context.Context, f flow.Flow, local netip.AddrPort) 
 
 // evidence names the one program that holds a socket. Processes that share it
 // after a fork are one program when they execute the same file in the same cgroup.
+// Its gid is not told: the socket has none, and the attestor reads the process's.
 func (b *Backend) evidence(ctx context.Context, s sockdiag.Socket) (workload.Evidence, error) {
 	e := workload.Evidence{UID: s.UID, CgroupID: s.CgroupID, Source: workload.SourceSockDiag}
 	if s.Inode == 0 {
 		return e, fmt.Errorf("socket %v has left its process: %w", s.Source, workload.ErrGone)
 	}
-	holders, err := b.holders(ctx, s)
+	holders, err := b.callers.holders(ctx, s)
 	if err != nil {
 		return e, err
 	}
@@ -101,37 +106,51 @@ func (b *Backend) evidence(ctx context.Context, s sockdiag.Socket) (workload.Evi
 		return e, fmt.Errorf("no process holds socket %v: %w", s.Source, workload.ErrGone)
 	}
 	oldest := slices.MinFunc(holders, func(x, y proc.Holder) int { return cmp.Compare(x.StartTime, y.StartTime) })
-	image, err := b.procs.Read(oldest.PID)
-	if err != nil {
-		return e, err
-	}
-	if !image.Process.Same(oldest.Process) {
-		return e, fmt.Errorf("holder %d of socket %v: %w", oldest.PID, s.Source, workload.ErrGone)
-	}
-	for _, h := range holders {
-		if other, err := b.procs.Read(h.PID); err != nil || other.Exe.FileID != image.Exe.FileID || other.Cgroups != image.Cgroups {
-			return e, fmt.Errorf("processes %d and %d hold socket %v: %w", oldest.PID, h.PID, s.Source, workload.ErrAmbiguous)
+	e.Process = oldest.Process
+	if e.CgroupID == 0 { // before Linux 5.9 the socket does not tell
+		if e.CgroupID, err = b.cgroupOf(oldest); err != nil {
+			return e, err
 		}
 	}
-	e.Process, e.GID = image.Process, image.EGID
-	if e.CgroupID == 0 { // before Linux 5.9 the socket does not tell
-		e.CgroupID, _ = b.tree.ID(image.Cgroups.V2)
-	}
-	return e, nil
+	return e, b.oneProgram(oldest, holders, s)
 }
 
-// holders looks in the cgroup where the socket was made first. Whoever else
-// may hold it would have had to receive it; a search of the whole machine for each
-// connection costs more than that doubt is worth in this weaker kind of evidence.
-func (b *Backend) holders(ctx context.Context, s sockdiag.Socket) ([]proc.Holder, error) {
-	if path, err := b.tree.Path(s.CgroupID); err == nil && s.CgroupID != 0 {
-		if pids, err := b.tree.Processes(path); err == nil && len(pids) > 0 {
-			if found, err := b.procs.FindHolders(ctx, s.Inode, pids); err == nil && len(found) > 0 {
-				return found, nil
-			}
+func (b *Backend) cgroupOf(h proc.Holder) (uint64, error) {
+	image, err := b.procs.Read(h.PID)
+	if err != nil {
+		return 0, err
+	}
+	if !image.Process.Same(h.Process) {
+		return 0, fmt.Errorf("process %d is another one by now: %w", h.PID, workload.ErrGone)
+	}
+	id, err := b.tree.ID(image.Cgroups.V2)
+	if err != nil {
+		return 0, fmt.Errorf("cgroup of process %d: %w: %w", h.PID, err, workload.ErrGone)
+	}
+	return id, nil
+}
+
+// oneProgram reports holders that are not all the same program.
+func (b *Backend) oneProgram(first proc.Holder, holders []proc.Holder, s sockdiag.Socket) error {
+	if len(holders) == 1 {
+		return nil
+	}
+	image, err := b.procs.Read(first.PID)
+	if err != nil {
+		return err
+	}
+	if !image.Process.Same(first.Process) {
+		return fmt.Errorf("holder %d of socket %v: %w", first.PID, s.Source, workload.ErrGone)
+	}
+	for _, h := range holders {
+		if h.PID == first.PID {
+			continue
+		}
+		if other, err := b.procs.Read(h.PID); err != nil || other.Exe.FileID != image.Exe.FileID || other.Cgroups != image.Cgroups {
+			return fmt.Errorf("processes %d and %d hold socket %v: %w", first.PID, h.PID, s.Source, workload.ErrAmbiguous)
 		}
 	}
-	return b.procs.FindHolders(ctx, s.Inode, nil)
+	return nil
 }
 
 // originalDst asks conntrack what a redirected connection's destination was.

@@ -207,7 +207,7 @@ func (s spec) redirect(f fw.Family) fw.Chain {
 // socket has no file, and so matches no uid. A program can have the kernel dial for
 // it (AF_SMC does), therefore an enforcing scope also asks for a privileged source
 // port. Otherwise privileged source ports are left alone altogether: redirecting
-// would not break them, but some servers trust nothing else.
+// would not break them, but some servers trust nothing else. So are marked packets.
 func (s spec) kernelSockets() []fw.Rule {
 	noFile := fw.R("-m owner ! --uid-owner 0-4294967294")
 	privileged := fw.R("-p tcp -m tcp --sport 1:1023")
@@ -215,7 +215,9 @@ func (s spec) kernelSockets() []fw.Rule {
 	if s.mode == authz.Enforce {
 		return []fw.Rule{slices.Concat(privileged, noFile, back)}
 	}
-	return []fw.Rule{slices.Concat(noFile, back), slices.Concat(privileged, back)}
+	// A mark chooses a route, and the agent's dial has none.
+	marked := fw.R("-m mark ! --mark 0x0")
+	return []fw.Rule{slices.Concat(noFile, back), slices.Concat(privileged, back), slices.Concat(marked, back)}
 }
 
 // classify sends covered workloads to chain; what no verdict names is covered.
@@ -281,7 +283,7 @@ func anyOf(f fw.Family) string {
 func compress(table []capture.Cgroup) []verdict {
 	byPath := map[string]bool{}
 	for _, c := range table {
-		byPath[clean(c.Path)] = c.Covered
+		byPath[clean(c.Path)] = takesBelow(c)
 	}
 	var kept []verdict
 	for path, covered := range byPath {
@@ -293,6 +295,14 @@ func compress(table []capture.Cgroup) []verdict {
 		return cmp.Or(depth(b.path)-depth(a.path), cmp.Compare(a.path, b.path))
 	})
 	return kept
+}
+
+// takesBelow says what a rule about a cgroup does, which takes all below it as well,
+// cgroups that do not exist yet included. Where one of those may be covered it
+// captures, and the agent sorts out who was meant. Not so the root: nearly all of a
+// host that is left alone is directly in it, on many hosts.
+func takesBelow(c capture.Cgroup) bool {
+	return c.Covered || c.Below && clean(c.Path) != "/"
 }
 
 func inherited(byPath map[string]bool, path string) bool {

@@ -20,8 +20,8 @@ const (
 	reconcileEvery = 3 * time.Second
 )
 
-// Run samples sockets, keeps the rules in step with what listens, repairs rules
-// that somebody changed, and tells the guard that the agent lives. It returns
+// Run looks at sockets where that is needed, repairs rules that somebody
+// changed, and tells the guard that the agent lives. It returns
 // when ctx ends and everything it started is gone. What it has begun to write it
 // writes to the end: half a set of rules is worse than a stop that takes longer.
 func (b *Backend) Run(ctx context.Context, event func(capture.Event)) error {
@@ -47,40 +47,63 @@ func (b *Backend) Run(ctx context.Context, event func(capture.Event)) error {
 	}
 }
 
-// sample passes on what is seen, and keeps the rules in step with it.
+// watching is what is looked for in a scope's socket tables.
+type watching uint8
+
+const (
+	nothing    watching = iota
+	loopback            // connections that never leave and are not captured
+	everything          // in watch mode
+)
+
+// watchLocked has the scope watched as its mode and settings say. Who is captured is
+// not: the agent learns more from the redirected connection, and a look at all
+// sockets of a busy machine costs more than carrying their traffic.
+func (sc *scope) watchLocked() error {
+	want := nothing
+	switch {
+	case sc.s.Mode == authz.Watch:
+		want = everything
+	case sc.s.Loopback == capture.LoopbackObserve || sc.s.Loopback == "":
+		want = loopback
+	}
+	if want == sc.watched {
+		return nil
+	}
+	err := sc.b.watch.Remove(context.Background(), sc.name)
+	sc.watched = nothing
+	switch {
+	case err == nil && want == everything:
+		err = sc.b.watch.Watch(sc.s)
+	case err == nil && want == loopback:
+		err = sc.b.watch.WatchLoopback(sc.s, sc.b.leafID)
+	}
+	if err != nil {
+		return err
+	}
+	sc.watched = want
+	if want == nothing || !sc.s.Host {
+		return nil
+	}
+	return sc.b.watch.SetCgroups(sc.name, sc.table)
+}
+
+// sample passes on what is seen, and keeps the rules in step with what listens.
 func (b *Backend) sample(ctx context.Context, event func(capture.Event)) {
 	b.watch.Sample(ctx, func(e capture.Event) {
-		if b.tells(e) {
+		if e.Flow.Caller.CgroupID != b.leafID { // the agent itself
 			event(e)
 		}
 	})
 	for _, sc := range b.all() {
 		sc.mu.Lock()
-		if !sc.closed && sc.fw != nil && sc.s.Mode != authz.Watch {
-			sc.portsLocked(b.watch.Listeners(sc.name))
-			if err := sc.refreshLocked(context.WithoutCancel(ctx)); err != nil {
+		if sc.followsPortsLocked() {
+			if err := sc.followNewPortsLocked(context.WithoutCancel(ctx)); err != nil {
 				b.log.Error("rules could not follow the scope's listeners", "scope", sc.name, "error", err)
 			}
 		}
 		sc.mu.Unlock()
 	}
-}
-
-// tells keeps back what the agent learns better from the redirected connection.
-func (b *Backend) tells(e capture.Event) bool {
-	if e.Flow.Caller.CgroupID == b.leafID {
-		return false // the agent itself
-	}
-	sc, err := b.scope(e.Flow.Scope)
-	if err != nil {
-		return false
-	}
-	sc.mu.Lock()
-	mode, loopback := sc.s.Mode, sc.s.Loopback
-	sc.mu.Unlock()
-	port := e.Kind == capture.Listening || e.Kind == capture.Closed
-	local := e.Flow.Destination.Addr().IsLoopback() || e.Flow.Destination.Addr() == e.Flow.Source.Addr()
-	return port || e.Bypassing || mode == authz.Watch || local && loopback == capture.LoopbackObserve
 }
 
 // reconcileOne reads one scope's rules back, and writes them again when somebody

@@ -1,10 +1,8 @@
 package iptables
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -37,6 +35,8 @@ type scope struct {
 	ct         conntrack
 	spec       spec
 	table      []capture.Cgroup
+	listening  []sockdiag.Socket // that spec.ports was worked out from
+	watched    watching
 	want       map[fw.Family]fw.Ruleset
 	wrotePorts []port // those in the rules of want
 	ipv6       bool   // the namespace has IPv6
@@ -59,17 +59,17 @@ func (sc *scope) openLocked(ctx context.Context, s capture.Scope) (err error) {
 		return err
 	}
 	sc.diag.Store(&tables{Conn: conn, ns: s.NS})
-	if err := sc.b.watch.Watch(s); err != nil {
+	sc.table = slices.Clone(s.Cgroups)
+	if err := sc.watchLocked(); err != nil {
 		return err
 	}
 	sc.ipv6 = hasIPv6(s)
 	sc.ct = newConntrack(s.NS)
 	sc.ct.begin()
-	listening, err := conn.Listeners(ctx)
-	if err != nil {
+	if sc.listening, err = conn.Listeners(ctx); err != nil {
 		return err
 	}
-	sc.portsLocked(listening)
+	sc.portsLocked(ctx)
 	if _, err := sc.forwardsLocked(ctx); err != nil {
 		return err
 	}
@@ -105,11 +105,14 @@ func (sc *scope) setModeLocked(ctx context.Context, s capture.Scope) error {
 	sc.respecLocked()
 	err := sc.writeLocked(ctx)
 	if err == nil {
+		err = sc.watchLocked()
+	}
+	if err == nil {
 		return nil
 	}
 	sc.s = before
 	sc.respecLocked()
-	return errors.Join(err, sc.writeLocked(context.WithoutCancel(ctx)))
+	return errors.Join(err, sc.writeLocked(context.WithoutCancel(ctx)), sc.watchLocked())
 }
 
 // respecLocked derives the rules' inputs from the scope's settings and tables.
@@ -142,8 +145,12 @@ func (sc *scope) setCgroupsLocked(ctx context.Context, table []capture.Cgroup) e
 		return capture.ErrNoScope
 	}
 	sc.table = slices.Clone(table)
-	sc.portsLocked(sc.b.watch.Listeners(sc.name))
-	return sc.refreshLocked(ctx)
+	if sc.watched != nothing {
+		if err := sc.b.watch.SetCgroups(sc.name, table); err != nil {
+			return err
+		}
+	}
+	return sc.followPortsLocked(ctx)
 }
 
 // refreshLocked writes the rules when what they depend on has changed. A cgroup
@@ -224,84 +231,6 @@ func (sc *scope) closeLocked(ctx context.Context, detach bool) error {
 	}
 	errs = append(errs, sc.b.watch.Remove(ctx, sc.name))
 	return errors.Join(errs...)
-}
-
-// portsLocked works out which listening addresses of a host scope are not
-// covered. Elsewhere everything that listens is, except for the agent itself.
-func (sc *scope) portsLocked(listening []sockdiag.Socket) {
-	covered := map[port]bool{} // keyed with covered false
-	verdicts := map[string]bool{}
-	for _, c := range sc.aliveLocked() {
-		verdicts[clean(c.Path)] = c.Covered
-	}
-	for _, l := range listening {
-		if agentPort(l.Source.Port()) {
-			continue // the rules know them
-		}
-		for _, at := range addresses(l) {
-			at.port = l.Source.Port()
-			// Shared by several, one of them covered: covered.
-			covered[at] = covered[at] || sc.coversLocked(l.CgroupID, verdicts)
-		}
-	}
-	sc.spec.ports = exceptions(covered)
-}
-
-func (sc *scope) coversLocked(id uint64, verdicts map[string]bool) bool {
-	if id == sc.b.leafID {
-		return false
-	}
-	if !sc.s.Host || id == 0 {
-		return true
-	}
-	path, err := sc.b.tree.Path(id)
-	if err != nil {
-		return true
-	}
-	if own, ok := verdicts[path]; ok {
-		return own
-	}
-	return inherited(verdicts, path)
-}
-
-// exceptions keeps the addresses that are not covered, and the covered ones whose
-// port has a wildcard listener that is not. Specific addresses come first.
-func exceptions(covered map[port]bool) (ports []port) {
-	for at, yes := range covered {
-		wild := port{addr: unspecified(at.addr), port: at.port}
-		if wildCovered, ok := covered[wild]; !yes || at != wild && ok && !wildCovered {
-			at.covered = yes
-			ports = append(ports, at)
-		}
-	}
-	slices.SortFunc(ports, func(a, b port) int {
-		return cmp.Or(btoi(a.addr.IsUnspecified())-btoi(b.addr.IsUnspecified()), a.addr.Compare(b.addr), cmp.Compare(a.port, b.port))
-	})
-	return ports
-}
-
-// addresses are the destinations that a listener takes: an IPv6 wildcard that is
-// not limited to IPv6 takes IPv4 ones too.
-func addresses(l sockdiag.Socket) []port {
-	at := []port{{addr: l.Source.Addr().WithZone("")}}
-	if l.Source.Addr() == netip.IPv6Unspecified() && !l.V6Only {
-		at = append(at, port{addr: netip.IPv4Unspecified()})
-	}
-	return at
-}
-
-func unspecified(a netip.Addr) netip.Addr {
-	if a.Is4() {
-		return netip.IPv4Unspecified()
-	}
-	return netip.IPv6Unspecified()
-}
-
-func btoi(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 // hasIPv6 asks by opening a socket: a kernel started with ipv6.disable=1 has the

@@ -1,8 +1,10 @@
 package observe
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 
@@ -12,16 +14,17 @@ import (
 	"ringfence.dev/attest/workload"
 )
 
-// searches bounds how often per round all descriptor tables of the machine are
-// walked, at about a millisecond for a hundred processes each. Most sockets are
-// found in their own cgroup, which costs next to nothing.
-const searches = 64
-
-// finder names the process behind a socket.
+// finder names the processes behind sockets.
 type finder struct {
 	procs *proc.FS
 	tree  *cgroup.Tree // nil without cgroup v2
-	left  int          // searches left in this round; owned by the sampling goroutine
+}
+
+// owner is what is known about a socket's process; zero where nobody, or more
+// than one program, holds it.
+type owner struct {
+	workload.Process
+	comm string
 }
 
 func newFinder() *finder {
@@ -30,45 +33,77 @@ func newFinder() *finder {
 	return f
 }
 
-func (f *finder) refill() { f.left = searches }
-
-// find returns what is known about a socket's owner. The process stays unknown
-// when nobody, or more than one program, holds the socket.
-func (f *finder) find(s sockdiag.Socket) (workload.Evidence, string) {
-	e := workload.Evidence{UID: s.UID, CgroupID: s.CgroupID, Source: workload.SourceSockDiag}
-	if s.Inode == 0 {
-		return e, ""
+// find looks for the processes of all new sockets of one sample at once: each
+// cgroup's descriptor tables are walked once, and those of the whole machine at
+// most once, however many sockets there are.
+func (f *finder) find(ctx context.Context, sockets []sockdiag.Socket) map[uint64]owner {
+	held := map[uint64][]proc.Holder{} // by inode
+	var missing []uint64
+	for id, inodes := range byCgroup(sockets) {
+		if pids := f.members(id); len(pids) > 0 {
+			found, _ := f.procs.FindAll(ctx, inodes, pids)
+			maps.Copy(held, found)
+		}
+		for _, inode := range inodes {
+			if len(held[inode]) == 0 {
+				missing = append(missing, inode)
+			}
+		}
 	}
-	holders := f.near(s)
-	if len(holders) == 0 && f.left > 0 {
-		f.left--
-		holders, _ = f.procs.FindHolders(context.Background(), s.Inode, nil)
+	if len(missing) > 0 {
+		found, _ := f.procs.FindAll(ctx, missing, nil)
+		maps.Copy(held, found)
 	}
-	if len(holders) == 0 {
-		return e, ""
+	owners := make(map[uint64]owner, len(held))
+	comms := map[uint32]string{}
+	for inode, holders := range held {
+		if len(holders) > 0 {
+			owners[inode] = oldest(holders, comms)
+		}
 	}
-	// Forked workers share a listener; the oldest is the one that opened it.
-	oldest := slices.MinFunc(holders, func(a, b proc.Holder) int {
-		return int(min(max(int64(a.StartTime)-int64(b.StartTime), -1), 1))
-	})
-	e.Process = oldest.Process
-	comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", oldest.PID))
-	return e, trimComm(comm)
+	return owners
 }
 
-// near looks among the processes of the cgroup in which the socket was made.
-func (f *finder) near(s sockdiag.Socket) []proc.Holder {
-	if f.tree == nil || s.CgroupID == 0 {
+// byCgroup lists the inode numbers of sockets that a process may hold.
+func byCgroup(sockets []sockdiag.Socket) map[uint64][]uint64 {
+	inodes := map[uint64][]uint64{}
+	for _, s := range sockets {
+		if s.Inode != 0 {
+			inodes[s.CgroupID] = append(inodes[s.CgroupID], s.Inode)
+		}
+	}
+	return inodes
+}
+
+// oldest is the process that opened a socket: forked workers share a listener.
+func oldest(holders []proc.Holder, comms map[uint32]string) owner {
+	h := slices.MinFunc(holders, func(a, b proc.Holder) int { return cmp.Compare(a.StartTime, b.StartTime) })
+	comm, ok := comms[h.PID]
+	if !ok {
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", h.PID))
+		comm = trimComm(text)
+		comms[h.PID] = comm
+	}
+	return owner{h.Process, comm}
+}
+
+// evidence is what a socket's event says of its owner.
+func (o owner) evidence(s sockdiag.Socket) workload.Evidence {
+	return workload.Evidence{Process: o.Process, UID: s.UID, CgroupID: s.CgroupID, Source: workload.SourceSockDiag}
+}
+
+// members lists the processes of the cgroup in which a socket was made.
+func (f *finder) members(id uint64) []uint32 {
+	if f.tree == nil || id == 0 {
 		return nil
 	}
-	path, err := f.tree.Path(s.CgroupID)
+	path, err := f.tree.Path(id)
 	if err != nil || path == "/" {
 		return nil
 	}
 	pids, err := f.tree.Processes(path)
-	if err != nil || len(pids) == 0 {
+	if err != nil {
 		return nil
 	}
-	holders, _ := f.procs.FindHolders(context.Background(), s.Inode, pids)
-	return holders
+	return pids
 }

@@ -13,12 +13,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
 	"ringfence.dev/agent/capture"
-	"ringfence.dev/attest/sockdiag"
 	"ringfence.dev/attest/workload"
 	"ringfence.dev/policy/authz"
 	"ringfence.dev/proxy/flow"
@@ -42,6 +43,7 @@ type Backend struct {
 
 	mu     sync.Mutex // held means that scopes does not change
 	scopes map[string]*scope
+	round  uint64 // of the scopes that take turns; guarded by mu
 	closed bool
 }
 
@@ -64,9 +66,20 @@ func (b *Backend) Add(_ context.Context, s capture.Scope) error {
 	return b.Watch(s)
 }
 
-// Watch is Add for a back end that redirects by itself and wants to know of the
-// scope's listeners and connections all the same, whatever the mode.
-func (b *Backend) Watch(s capture.Scope) error {
+// Watch is Add for a back end that redirects by itself and has the scopes that
+// it leaves alone watched from here, whatever the mode.
+func (b *Backend) Watch(s capture.Scope) error { return b.watch(s, newScope) }
+
+// WatchLoopback tells only of connections that never leave the namespace, and of the
+// kernel's own, for scopes that are captured but for those. It costs little: the sockets
+// of one such scope are looked at in each round, and no end of a socket is
+// noticed, so that of n scopes each is sampled every n seconds, and what is shorter is
+// missed. Sockets of the cgroup with the id except, and their peers, are left out.
+func (b *Backend) WatchLoopback(s capture.Scope, except uint64) error {
+	return b.watch(s, func(s capture.Scope) (*scope, error) { return newLoopbackScope(s, except) })
+}
+
+func (b *Backend) watch(s capture.Scope, open func(capture.Scope) (*scope, error)) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -75,7 +88,7 @@ func (b *Backend) Watch(s capture.Scope) error {
 	if _, ok := b.scopes[s.Name]; ok {
 		return fmt.Errorf("observe: scope %s is there already", s.Name)
 	}
-	sc, err := newScope(s)
+	sc, err := open(s)
 	if err != nil {
 		return fmt.Errorf("observe scope %s: %w", s.Name, err)
 	}
@@ -145,30 +158,32 @@ func (b *Backend) Run(ctx context.Context, event func(capture.Event)) error {
 	}
 }
 
-// Sample looks once at every scope. What was there at a scope's first sample is
-// told too: a connection that was open before is still one that is made use of.
+// Sample looks once at every scope, but at only one of those watched for
+// loopback. What was there at a scope's first sample is told too: a connection
+// that was open before is still one that is made use of.
 func (b *Backend) Sample(ctx context.Context, event func(capture.Event)) {
-	b.mu.Lock()
-	scopes := make([]*scope, 0, len(b.scopes))
-	for _, sc := range b.scopes {
-		scopes = append(scopes, sc)
-	}
-	b.mu.Unlock()
-	b.who.refill()
-	for _, sc := range scopes {
+	for _, sc := range b.due() {
 		sc.sample(ctx, b.who, event)
 	}
 }
 
-// Listeners returns the listening sockets seen in the latest sample of a scope.
-func (b *Backend) Listeners(name string) []sockdiag.Socket {
-	sc, err := b.scope(name)
-	if err != nil {
-		return nil
+// due lists the scopes whose turn it is, in the order of their names.
+func (b *Backend) due() (due []*scope) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var turns []*scope
+	for _, name := range slices.Sorted(maps.Keys(b.scopes)) {
+		if sc := b.scopes[name]; sc.onlyLoopback {
+			turns = append(turns, sc)
+		} else {
+			due = append(due, sc)
+		}
 	}
-	sc.mu.Lock()
-	defer sc.mu.Unlock()
-	return sc.listening
+	if len(turns) > 0 {
+		b.round++
+		due = append(due, turns[b.round%uint64(len(turns))])
+	}
+	return due
 }
 
 // Verify tells what watching misses; it names no uncovered traffic, because
@@ -181,7 +196,7 @@ func (b *Backend) Verify(name string) []string {
 	wrong := []string{"watched by sampling socket tables: nothing is redirected or refused"}
 	sc.mu.Lock()
 	defer sc.mu.Unlock()
-	if sc.destroyed == nil {
+	if sc.destroyed == nil && !sc.onlyLoopback {
 		wrong = append(wrong, "the kernel sends no events for ended sockets: connections shorter than a second may be missed")
 	}
 	if n := sc.lost.Load(); n > 0 {

@@ -144,6 +144,41 @@ func TestLoopbackIgnored(t *testing.T) {
 	}
 }
 
+// Of a captured scope only what stays on the host is told, and nothing of the
+// agent's; several such scopes take turns.
+func TestLoopbackOnly(t *testing.T) {
+	ns, peer := nettest.NetNS(t, "rf-h2-obs"), nettest.NetNS(t, "rf-h2-far")
+	nettest.VethPair(t, ns, peer, "192.0.2.1/24", "192.0.2.2/24", "2001:db8::1/64", "2001:db8::2/64")
+	h, err := netns.Open(ns.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { h.Close() })
+	b := New()
+	t.Cleanup(func() { b.Close(true) })
+	for name, except := range map[string]uint64{"agent": ownID(t), "some": 1 << 60} {
+		if err := b.WatchLoopback(capture.Scope{Name: name, NS: h, Mode: authz.Enforce}, except); err != nil {
+			t.Fatal(err)
+		}
+	}
+	local := ns.Listen(t, "127.0.0.1:0")
+	connect(t, ns, local)
+	connect(t, ns, peer.Listen(t, "192.0.2.2:0"))
+	connect(t, peer, ns.Listen(t, "192.0.2.1:0"))
+	events := append(sample(t, b), sample(t, b)...)
+	if len(events) != 2 || count(events, capture.Connected) != 1 || count(events, capture.Accepted) != 1 {
+		t.Errorf("events = %+v", events)
+	}
+	for _, e := range events {
+		if e.Flow.Scope != "some" || e.Flow.Destination.String() != local.Addr().String() || int(e.Flow.Caller.PID) != os.Getpid() {
+			t.Errorf("%+v", e)
+		}
+	}
+	if again := append(sample(t, b), sample(t, b)...); len(again) != 0 {
+		t.Errorf("told twice: %+v", again)
+	}
+}
+
 func TestWatchesOnlyAndSaysSo(t *testing.T) {
 	b, ns := watched(t, capture.LoopbackObserve)
 	s := capture.Scope{Name: "s", Mode: authz.Enforce}
