@@ -38,12 +38,14 @@ type Agent struct {
 	policies      *policy.Engine
 	backend       capture.Backend
 	backendReason string
+	closeBackend  func() error // once
 	listenControl listenControl
 	relay         *proxy.Relay
 	observed      *observed
 	owners        ownersSeen
 
 	unlistened atomic.Uint64 // see listens
+	refused    refusals
 
 	running atomic.Bool // everything was started
 	keep    bool        // what is in the kernel outlives this process; settled before the closers run

@@ -10,7 +10,6 @@ import (
 
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/attest/workload"
-	"ringfence.dev/policy/authz"
 	"ringfence.dev/proxy/flow"
 )
 
@@ -33,29 +32,12 @@ func (a *Agent) event(ctx context.Context, e capture.Event) {
 		note = "left alone: " + e.Reason
 	}
 	note = strings.TrimSuffix(note, ": ")
-	if e.Kind == capture.Refused && e.ByPolicy {
-		a.recordRefusal(ctx, e)
-	}
-	a.observed.add(e.Flow, a.whoWas(ctx, e), e.Time, note)
-}
-
-// recordRefusal puts a refusal that the kernel made by itself into the decision
-// log: it repeats a decision, and is one more attempt.
-func (a *Agent) recordRefusal(ctx context.Context, e capture.Event) {
-	who, _ := a.attestor.Identify(ctx, e.Flow.Caller) // the process may be gone; its address and uid are not
-	session, err := a.policies.Open(authz.Connection{
-		ID: authz.NewID(), Scope: e.Flow.Scope, Mode: authz.Enforce, Side: authz.Egress,
-		Source: authz.Peer{
-			ID: who.ID, Addr: e.Flow.Source, Unit: who.Unit, Exe: who.Exe,
-			PID: e.Flow.Caller.PID, UID: e.Flow.Caller.UID,
-		},
-		Destination: authz.Service{Addr: e.Flow.Destination},
-	})
-	if err != nil {
-		a.log.Warn("a refusal by the connect hook was not recorded", "scope", e.Flow.Scope, "err", err)
+	if seen, ok := a.refused.find(e.Flow); ok && e.Kind == capture.Refused && e.ByPolicy {
+		a.recordRefusal(e, seen)
+		a.observed.add(e.Flow, seen.who, e.Time, note)
 		return
 	}
-	session.Refuse("refused by the connect hook, as policy had refused the same caller and destination before")
+	a.observed.add(e.Flow, a.whoWas(ctx, e), e.Time, note)
 }
 
 // whoWas names the workload of an event for people. Nothing is decided by it.

@@ -22,6 +22,7 @@ type network struct {
 	backend capture.Backend
 	mesh    []netip.Prefix
 	byUnit  bool // see identitiesByUnit
+	refused func(flow.Flow, workload.Identity)
 }
 
 var _ proxy.Network = (*network)(nil)
@@ -56,6 +57,7 @@ func (n *network) Local(ip netip.Addr) bool { return n.addrs.isLocal(ip) }
 func (n *network) Mesh(ip netip.Addr) bool { return n.addrs.inMesh(ip, n.mesh) }
 
 func (n *network) Refused(f flow.Flow, who workload.Identity) {
+	n.refused(f, who)
 	if n.byUnit && strings.HasSuffix(who.Unit, ".service") && !strings.Contains(who.Unit, "/") {
 		// The service's cgroup alone gave the identity: the refusal is good for all of
 		// it, whichever of its programs dials next.
