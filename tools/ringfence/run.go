@@ -58,7 +58,7 @@ func run(ctx context.Context, e env) int {
 		code = exit.ExitCode()
 	}
 	if text := err.Error(); text != "" {
-		fmt.Fprintln(e.stderr, "ringfence:", text)
+		fmt.Fprintln(e.stderr, "ringfence:", plainLines(text))
 	}
 	return code
 }

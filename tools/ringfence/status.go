@@ -156,7 +156,7 @@ func renderLimits(b *strings.Builder, scopes []admin.Scope) {
 	}
 	b.WriteString("\nlimits of this capture:\n")
 	for _, l := range order {
-		fmt.Fprintf(b, "  - %s (%s)\n", plain(l), few(in[l]))
+		fmt.Fprintf(b, "  - %s (%s)\n", plain(l), plain(few(in[l])))
 	}
 }
 

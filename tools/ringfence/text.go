@@ -27,6 +27,15 @@ func plain(text string) string {
 	return b.String()
 }
 
+// plainLines is plain for text of several lines.
+func plainLines(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, l := range lines {
+		lines[i] = plain(l)
+	}
+	return strings.Join(lines, "\n")
+}
+
 // unprintable also finds bytes that are no UTF-8, and marks that turn the
 // direction of writing.
 func unprintable(r rune) bool { return r == unicode.ReplacementChar || !unicode.IsPrint(r) }
