@@ -9,8 +9,11 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,6 +21,8 @@ import (
 	"ringfence.dev/agent/capture/ebpf"
 	"ringfence.dev/agent/capture/iptables"
 	"ringfence.dev/agent/capture/observe"
+	"ringfence.dev/attest/cgroup"
+	"ringfence.dev/attest/sockdiag"
 	"ringfence.dev/bpf"
 	fw "ringfence.dev/cni/iptables"
 	"ringfence.dev/cni/netns"
@@ -104,7 +109,7 @@ func aloneIn(dir string) bool {
 
 // openBackend chooses by trying: what loads and attaches is what the kernel can do.
 func (a *Agent) openBackend(ctx context.Context, closers *stack) (err error) {
-	if a.keep, err = a.keepsBefore(); err != nil {
+	if a.keep, err = a.keepsBefore(ctx); err != nil {
 		return err
 	}
 	kind := a.settings.Capture
@@ -174,7 +179,8 @@ func Guard(ctx context.Context, log *slog.Logger) error {
 
 func (a *Agent) useBackend(b capture.Backend, why string, closers *stack) {
 	a.backend, a.backendReason = b, why
-	closers.push("capture", func() error { return b.Close(!a.keep) })
+	a.closeBackend = sync.OnceValue(func() error { return b.Close(!a.keep) })
+	closers.push("capture", a.closeBackend)
 }
 
 // onlyWatches reports whether neither the settings nor the last run have a scope
@@ -189,28 +195,43 @@ func (a *Agent) onlyWatches() (bool, error) {
 	return a.settings.OnlyWatches(), err
 }
 
-// keepsBefore settles what a start that fails does with the kernel's state: when
-// this instance has some already and is meant to enforce, it is a dead
-// predecessor's protection and stays.
-func (a *Agent) keepsBefore() (bool, error) {
-	if _, err := os.Stat(filepath.Join(bpf.DefaultPinRoot, a.settings.Instance)); err != nil {
-		return false, nil // nothing there, so nothing to keep
-	}
+// keepsBefore settles what a start that fails does with the kernel's state: what
+// a dead predecessor left of a scope that is meant to be enforced is protection, and stays.
+func (a *Agent) keepsBefore(ctx context.Context) (bool, error) {
 	saved, err := loadScopes(a.settings.StateDir)
 	if err != nil {
 		return false, err
 	}
+	scopes := slices.Clone(a.settings.Scopes)
 	for _, s := range saved {
-		if s.Mode == authz.Enforce {
-			return true, nil
-		}
+		scopes = append(scopes, s.ScopeSettings)
 	}
-	for _, s := range a.settings.Scopes {
-		if s.Mode == authz.Enforce {
-			return true, nil
-		}
+	scopes = slices.DeleteFunc(scopes, func(s ScopeSettings) bool { return s.Mode != authz.Enforce })
+	if len(scopes) == 0 {
+		return false, nil
 	}
-	return false, nil
+	if _, err := os.Stat(filepath.Join(bpf.DefaultPinRoot, a.settings.Instance)); err == nil {
+		return true, nil
+	}
+	return slices.ContainsFunc(scopes, func(s ScopeSettings) bool { return hasRules(ctx, s) }), nil
+}
+
+// hasRules reports whether a scope's namespace holds packet filter rules of ours.
+func hasRules(ctx context.Context, s ScopeSettings) bool {
+	ns, err := netns.Self()
+	if !s.Host {
+		ns, err = netns.Open(s.Path)
+	}
+	if err != nil {
+		return false
+	}
+	defer ns.Close()
+	tools, err := fw.Find(ctx)
+	if err != nil {
+		return false
+	}
+	rules, err := tools.Open(ctx, ns)
+	return err == nil && len(rules.Verify(ctx, map[fw.Family]fw.Ruleset{})) > 0
 }
 
 // Cleanup removes what a stopped agent left in the kernel: pinned programs,
@@ -224,6 +245,9 @@ func Cleanup(ctx context.Context, s Settings) error {
 		return err
 	}
 	defer lock.Close()
+	if err := leafEmpty(ctx, leafName(s.Instance)); err != nil {
+		return err
+	}
 	var errs []error
 	if err := bpf.Cleanup(bpf.DefaultPinRoot, s.Instance); err != nil {
 		errs = append(errs, err)
@@ -246,6 +270,60 @@ func Cleanup(ctx context.Context, s Settings) error {
 	return errors.Join(errs...)
 }
 
+// guardWait bounds the wait for a dead agent's guard, which writes the last wills of
+// all scopes within a minute.
+const guardWait = 70 * time.Second
+
+// leafEmpty waits until nobody is left in a dead agent's cgroup. Its guard may
+// still be writing rules there, which must not come after they were removed.
+func leafEmpty(ctx context.Context, leaf string) error {
+	root, err := bpf.CgroupRoot()
+	if err != nil {
+		return nil // without cgroups there is no guard
+	}
+	ctx, cancel := context.WithTimeout(ctx, guardWait)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		procs, err := os.ReadFile(filepath.Join(root, leaf, "cgroup.procs"))
+		if errors.Is(err, fs.ErrNotExist) || err == nil && len(procs) == 0 {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("somebody is still in the agent's cgroup (processes %s): %w",
+				strings.Join(strings.Fields(string(procs)), " "), context.Cause(ctx))
+		}
+	}
+}
+
+// nobodyServes refuses to take rules away under an agent of another instance. A
+// listener alone proves nothing, since anybody may bind a dead agent's port where
+// no hook keeps it; only root makes a cgroup of that name.
+func nobodyServes(ctx context.Context, ns *netns.Handle) error {
+	tree, err := cgroup.Open(cgroup.Config{})
+	if err != nil {
+		return nil // without cgroups there are no rules
+	}
+	conn, err := sockdiag.Open(ns)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	listeners, err := conn.ListenersOn(ctx, capture.OutboundPort)
+	if err != nil {
+		return err
+	}
+	for _, l := range listeners {
+		if p, err := tree.Path(l.CgroupID); err == nil && strings.HasPrefix(path.Base(p), leafName("")) {
+			return fmt.Errorf("another agent, of cgroup %s, serves it: remove the scope there first", p)
+		}
+	}
+	return nil
+}
+
 func cleanupRules(ctx context.Context, s ScopeSettings) error {
 	ns, err := netns.Self()
 	if !s.Host {
@@ -258,6 +336,9 @@ func cleanupRules(ctx context.Context, s ScopeSettings) error {
 		return err
 	}
 	defer ns.Close()
+	if err := nobodyServes(ctx, ns); err != nil {
+		return fmt.Errorf("scope %s: %w", s.Name, err)
+	}
 	tools, err := fw.Find(ctx)
 	if errors.Is(err, fw.ErrNotFound) {
 		return nil // nobody can have written rules

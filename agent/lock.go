@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,6 +14,9 @@ import (
 // it guards, pins and cgroups, is the kernel's and known by the instance's name
 // alone. It is emptied by a reboot, as the kernel is.
 const lockDir = "/run/ringfence"
+
+// lockWait is how long a process that was killed may take to be gone.
+const lockWait = time.Second
 
 // errRunning reports that an agent of the instance lives.
 var errRunning = errors.New("an agent of this instance is running")
@@ -29,7 +33,14 @@ func lockInstance(instance string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock instance %s: %w", instance, err)
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	// A killed process holds its lock until the last of its threads has ended.
+	for deadline := time.Now().Add(lockWait); ; {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	if err == nil {
 		return f, nil
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"syscall"
 
 	"golang.org/x/sync/errgroup"
@@ -44,6 +45,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.protect(ctx, gctx, g); err != nil {
 		end()
 		err = errors.Join(err, g.Wait())
+		a.releaseCapture()
 		a.closeScopes()
 		return err
 	}
@@ -60,8 +62,25 @@ func (a *Agent) Run(ctx context.Context) error {
 	if errors.Is(failed, context.Canceled) {
 		failed = nil
 	}
-	a.keep = a.closeScopes()
+	a.keep = a.enforces()
+	a.releaseCapture()
+	a.closeScopes()
 	return failed
+}
+
+// releaseCapture closes the back end while it can still enter the scopes'
+// namespaces: scopes that open without an agent open now, and not when the next one comes.
+func (a *Agent) releaseCapture() {
+	if err := a.closeBackend(); err != nil {
+		a.log.Error("close", "what", "capture", "err", err)
+	}
+}
+
+// enforces reports whether a live scope enforces.
+func (a *Agent) enforces() bool {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	return slices.ContainsFunc(a.scopeList(), func(sc *scope) bool { return sc.settings.Mode == authz.Enforce })
 }
 
 // openAll takes what only one agent can have, first of all the lock: a second
@@ -72,6 +91,9 @@ func (a *Agent) openAll(ctx context.Context, closers *stack) ([]endpoint, error)
 		return nil, err
 	}
 	closers.push("lock", lock.Close)
+	if err := leafEmpty(ctx, leafName(a.settings.Instance)); err != nil {
+		return nil, err
+	}
 	// Before any socket is made: a socket is of the cgroup that it was made in.
 	if err := a.joinLeaf(closers); err != nil {
 		return nil, err
