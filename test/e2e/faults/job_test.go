@@ -123,7 +123,7 @@ func become(fd int, argv []string) error {
 	if err := unix.Dup3(fd, 3, 0); err != nil && fd != 3 {
 		return err
 	}
-	env := []string{jobEnv + "=" + argv[1]}
+	env := []string{jobEnv + "=" + argv[1], "GODEBUG=asyncpreemptoff=1"}
 	return syscall.Exec(argv[0], argv[:1], env)
 }
 

@@ -282,8 +282,8 @@ func TestSecondAgent(t *testing.T) {
 			over settings
 			says string
 		}{
-			"same socket":    {settings{"instance": a.instance, "admin": settings{"socket": a.Socket}}, "another agent"},
-			"other socket":   {settings{"instance": a.instance}, "another agent"},
+			"same socket":    {settings{"instance": a.instance, "admin": settings{"socket": a.Socket}}, "is running"},
+			"other socket":   {settings{"instance": a.instance}, "is running"},
 			"other instance": {settings{"scopes": scope}, "port 15001 is taken"},
 		} {
 			c.over["capture"] = capture

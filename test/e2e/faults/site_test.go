@@ -120,7 +120,8 @@ func launchAs(t testing.TB, ns *nettest.NS, cgroup, exe string, j job, files ...
 	}
 	defer dir.Close()
 	p := &proc{t: t, cmd: exec.Command(exe)}
-	p.cmd.Env = append(os.Environ(), jobEnv+"="+string(spec))
+	// Calls with a time-out are not restarted after a signal, and the runtime preempts by signals.
+	p.cmd.Env = append(os.Environ(), jobEnv+"="+string(spec), "GODEBUG=asyncpreemptoff=1")
 	p.cmd.Stderr, p.cmd.ExtraFiles = os.Stderr, files
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
 	out, err := p.cmd.StdoutPipe()
