@@ -6,9 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net/netip"
+	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,24 +20,22 @@ import (
 
 	"ringfence.dev/agent/capture"
 	"ringfence.dev/attest/cgroup"
-	"ringfence.dev/attest/proc"
-	"ringfence.dev/attest/sockdiag"
-	"ringfence.dev/cni/netns"
-	"ringfence.dev/policy/authz"
-	"ringfence.dev/proxy"
 )
 
 // cover says which cgroups of a host scope are covered, and keeps the kernel's
 // table of them fresh. A cgroup that is too new to be in the table is captured,
-// and let through by [coveringDecider]: nobody escapes by being quick.
+// and let through by [coveringDecider]: nobody escapes by being quick. With rules,
+// which take a cgroup with all below it, that holds where the cgroup above could
+// have covered ones, the root excepted: see [capture.Cgroup].
 type cover struct {
-	scope    string
-	settings ScopeSettings
-	tree     *cgroup.Tree
-	leaf     string // the agent's own, never covered
-	backend  capture.Backend
-	log      *slog.Logger
-	watcher  *fsnotify.Watcher
+	scope     string
+	settings  ScopeSettings
+	unitRoots []string
+	tree      *cgroup.Tree
+	leaf      string // the agent's own, never covered
+	backend   capture.Backend
+	log       *slog.Logger
+	watcher   *fsnotify.Watcher
 
 	writing sync.Mutex            // held from looking at the tree to writing the table, so that an old look is not written last
 	failed  atomic.Pointer[error] // of the latest refresh; nil or a nil error is fine
@@ -55,7 +54,19 @@ func (a *Agent) newCover(s ScopeSettings) (*cover, error) {
 	if err != nil {
 		return nil, fmt.Errorf("follow cgroups: %w", err)
 	}
-	return &cover{scope: s.Name, settings: s, tree: tree, leaf: a.leafPath, backend: a.backend, log: a.log, watcher: w}, nil
+	return &cover{scope: s.Name, settings: s, unitRoots: a.settings.UnitRoots, tree: tree, leaf: a.leafPath, backend: a.backend, log: a.log, watcher: w}, nil
+}
+
+// makeUnitRoots makes those configured unit roots that are not there yet, so that
+// the first unit in one is covered from its first connection on, like all later ones.
+// They stay: they belong to whoever makes units there.
+func (c *cover) makeUnitRoots() error {
+	for _, root := range c.unitRoots {
+		if err := os.MkdirAll(filepath.Join(c.tree.Root(), root), 0o755); err != nil {
+			return fmt.Errorf("unit root %s: %w", root, err)
+		}
+	}
+	return nil
 }
 
 // covers decides for one cgroup path below the v2 root.
@@ -92,6 +103,52 @@ func matchAny(patterns []string, name string) bool {
 		}
 	}
 	return false
+}
+
+// mayCoverBelow reports whether a cgroup could be made below a path that is
+// covered though the path itself is not: at one of the patterns' levels above a
+// cgroup, or where units come and go.
+func (c *cover) mayCoverBelow(p string) bool {
+	if p == c.leaf || strings.HasPrefix(p, c.leaf+"/") {
+		return false
+	}
+	unit := c.tree.Unit(p)
+	if unit.Kind == cgroup.Service && matchAny(c.settings.ExceptUnits, unit.Name) {
+		return false // with all that is below
+	}
+	if len(c.settings.Units) > 0 && c.holdsUnits(p) {
+		return true
+	}
+	return slices.ContainsFunc(c.settings.Cgroups, func(pattern string) bool { return above(p, pattern) })
+}
+
+// holdsUnits reports whether units may be made below a path: a slice, a user's
+// service manager, a configured unit root, and what is above them.
+func (c *cover) holdsUnits(p string) bool {
+	name := path.Base(p)
+	if p == "/" || strings.HasSuffix(name, ".slice") || strings.HasPrefix(name, "user@") {
+		return true
+	}
+	return slices.ContainsFunc(c.unitRoots, func(root string) bool { return p == root || strings.HasPrefix(root, p+"/") })
+}
+
+// above reports whether a pattern could match something below a path: its first
+// parts match the path's, and there are more of them.
+func above(p, pattern string) bool {
+	if p == "/" {
+		return true
+	}
+	parts, want := strings.Split(p, "/"), strings.Split(pattern, "/")
+	if len(want) <= len(parts) {
+		return false
+	}
+	for i, part := range parts {
+		// A part that is malformed is a piece of a class with a slash in it: possible.
+		if ok, err := path.Match(want[i], part); !ok && err == nil {
+			return false
+		}
+	}
+	return true
 }
 
 // all says that nothing of the host is left out, so that no table is needed.
@@ -151,7 +208,8 @@ func (c *cover) table() ([]capture.Cgroup, error) {
 		if err != nil {
 			return err
 		}
-		table = append(table, capture.Cgroup{ID: id, Path: p, Covered: c.covers(p)})
+		covered := c.covers(p)
+		table = append(table, capture.Cgroup{ID: id, Path: p, Covered: covered, Below: !covered && c.mayCoverBelow(p)})
 		return nil
 	})
 	if err != nil {
@@ -202,84 +260,3 @@ func (c *cover) run(ctx context.Context) {
 		}
 	}
 }
-
-// coveringDecider lets connections of a host scope pass undecided when the
-// program on this host turns out not to be covered. The kernel leaves most of
-// them alone already; those that arrive here were quicker than its tables.
-type coveringDecider struct {
-	proxy.Decider
-	a *Agent
-}
-
-func (d coveringDecider) Open(c authz.Connection) (authz.Session, error) {
-	if d.a.uncovered(c) {
-		return uncoveredSession{c.ID}, nil
-	}
-	return d.Decider.Open(c)
-}
-
-// uncovered reports whether all programs of this host that a connection concerns
-// are ones that the host scope leaves alone. What cannot be told counts as covered.
-func (a *Agent) uncovered(c authz.Connection) bool {
-	sc, err := a.scopeNamed(c.Scope)
-	if err != nil || sc.cover == nil || sc.cover.all() {
-		return false
-	}
-	caller := c.Side == authz.Ingress || c.Source.PID != 0 && sc.cover.leavesAlone(c.Source)
-	service := c.Side == authz.Egress || sc.cover.servedAlone(sc.ns, c.Destination.Addr)
-	return caller && service
-}
-
-// servedAlone reports whether everybody who listens at an address is uncovered.
-// It looks anew each time: a port changes hands faster than a table of it.
-func (c *cover) servedAlone(ns *netns.Handle, at netip.AddrPort) bool {
-	conn, err := sockdiag.Open(ns)
-	if err != nil {
-		return false
-	}
-	defer conn.Close()
-	listeners, err := conn.ListenersOn(context.Background(), at.Port())
-	if err != nil {
-		return false
-	}
-	found := false
-	for _, l := range listeners {
-		if on := l.Source.Addr(); on != at.Addr() && !on.IsUnspecified() {
-			continue
-		}
-		p, err := c.tree.Path(l.CgroupID)
-		if l.CgroupID == 0 || err != nil || c.covers(p) {
-			return false
-		}
-		found = true
-	}
-	return found
-}
-
-// leavesAlone reads the cgroup of the calling process. The pid is not proof: its
-// process may have ended and another have got the number. So what is there now
-// must be the unit and the program that were attested.
-func (c *cover) leavesAlone(caller authz.Peer) bool {
-	h, err := proc.New("").Open(caller.PID)
-	if err != nil {
-		return false
-	}
-	defer h.Close()
-	cg, err := h.Cgroups()
-	if err != nil || c.covers(cg.V2) || c.tree.Unit(cg.V2).Name != caller.Unit {
-		return false
-	}
-	exe, err := h.Exe()
-	return err == nil && exe.Path == caller.Exe
-}
-
-// uncoveredSession permits everything and records nothing.
-type uncoveredSession struct{ id authz.ID }
-
-func (s uncoveredSession) decision() authz.Decision {
-	return authz.Decision{ID: s.id, Effect: authz.Permit, Reason: "not covered by the scope"}
-}
-func (s uncoveredSession) Connect() (authz.Decision, error)               { return s.decision(), nil }
-func (s uncoveredSession) Request(*authz.Request) (authz.Decision, error) { return s.decision(), nil }
-func (s uncoveredSession) HTTPOnly() bool                                 { return false }
-func (s uncoveredSession) Refuse(string) authz.Decision                   { return s.decision() }

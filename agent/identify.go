@@ -19,15 +19,27 @@ type identifier struct{ a *Agent }
 var _ proxy.Identifier = identifier{}
 
 func (i identifier) Caller(ctx context.Context, f flow.Flow) (workload.Identity, error) {
-	return i.a.attestor.Identify(ctx, f.Caller)
+	who, err := i.a.attestor.Identify(ctx, f.Caller)
+	if err != nil {
+		// Who is not covered may go on without an identity, if it is known to be not covered.
+		if sc := i.a.partOfHost(f.Scope); sc != nil {
+			who.Unit, who.Exe = sc.cover.describe(f.Caller)
+		}
+	}
+	return who, err
 }
 
 func (i identifier) Owner(ctx context.Context, scope string, addr netip.AddrPort) (workload.Identity, error) {
-	ns, err := i.a.scopeNS(scope)
+	sc, err := i.a.scopeNamed(scope)
 	if err != nil {
 		return workload.Identity{}, err
 	}
-	return i.a.attestor.Owner(ctx, ns, addr)
+	who, err := i.a.attestor.Owner(ctx, sc.ns, addr)
+	if err != nil && i.a.partOfHost(scope) != nil && i.a.servedAlone(sc, addr) {
+		// It need not have a name of its own to be left alone.
+		return i.a.nodeIdentity(), nil
+	}
+	return who, err
 }
 
 func (i identifier) Sole(ctx context.Context, scope string) (workload.Identity, error) {

@@ -201,6 +201,11 @@ func (a *Agent) activate(ctx context.Context, sc *scope) (err error) {
 	target := sc.target(sc.settings.Mode)
 	covering := sc.cover != nil && !sc.cover.all()
 	if covering {
+		if sc.settings.Mode != authz.Watch {
+			if err := sc.cover.makeUnitRoots(); err != nil {
+				return err
+			}
+		}
 		if target.Cgroups, err = sc.cover.table(); err != nil {
 			return err
 		}
