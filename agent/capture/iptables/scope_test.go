@@ -45,12 +45,55 @@ func TestHostScopeCoversByCgroup(t *testing.T) {
 		h.want(cg.other, "peer", "192.0.2.2:8080")
 		h.want(cg.other+"/deep", "outbound 192.0.2.2:8080", "192.0.2.2:8080")
 		h.want(cg.work, "outbound 192.0.2.2:8080", "192.0.2.2:8080")
-		// SetCgroups goes by the latest sample, which is the one of Run.
-		h.b.sample(t.Context(), func(capture.Event) {})
 		h.wantPeer("workload 192.0.2.1:9090", "192.0.2.1:9090")
 		h.wantPeer("workload 0.0.0.0:9091", "192.0.2.1:9091")
 		h.wantPeer("inbound 192.0.2.1:9092", "192.0.2.1:9092")
 		h.wantPeer("inbound [2001:db8::1]:9092", "[2001:db8::1]:9092")
+		if wrong := h.b.Verify("test"); len(wrong) > 0 {
+			t.Errorf("Verify = %q", wrong)
+		}
+	})
+}
+
+// What is newer than the table is captured where covered cgroups may come, and
+// nowhere else: in the root nearly all of a host may be.
+func TestNewCgroupIsCapturedAtOnce(t *testing.T) {
+	forEachVariant(t, func(t *testing.T, v fw.Variant) {
+		h := newHost(t, v, nil)
+		h.scope.Host = true
+		h.scope.Cgroups = []capture.Cgroup{
+			{Path: "/", Below: true}, {Path: cg.base, Below: true}, {Path: cg.agent},
+			{Path: cg.other, Below: true}, {Path: cg.other + "/deep"}, {Path: cg.work},
+		}
+		serveBanner(t, h.peer, "192.0.2.2:8080", "peer")
+		serveWorkload(t, h.ns, "/", "192.0.2.1:9090")
+		serveWorkload(t, h.ns, cg.other, "192.0.2.1:9091")
+		h.add(authz.Enforce) // with its table: there is no moment without
+		for cgroup, want := range map[string]string{
+			"/": "peer", cg.work: "peer", cg.other + "/deep": "peer", cg.other: "outbound 192.0.2.2:8080",
+		} {
+			h.want(cgroup, want, "192.0.2.2:8080")
+		}
+		newer := cg.other + "/newer"
+		if err := os.Mkdir(cg.root+newer, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(cg.root + newer)
+		h.want(newer, "outbound 192.0.2.2:8080", "192.0.2.2:8080")
+
+		// Listeners of uncovered cgroups are left alone, the root's among them; one in a
+		// new cgroup only once it is known to be uncovered.
+		h.wantPeer("workload 192.0.2.1:9090", "192.0.2.1:9090")
+		h.wantPeer("workload 192.0.2.1:9091", "192.0.2.1:9091")
+		d := serveWorkload(t, h.ns, newer, "192.0.2.1:9092")
+		h.b.sample(t.Context(), func(capture.Event) {})
+		h.wantPeer("inbound 192.0.2.1:9092", "192.0.2.1:9092")
+		if err := h.b.SetCgroups("test", append(h.scope.Cgroups, capture.Cgroup{Path: newer})); err != nil {
+			t.Fatal(err)
+		}
+		h.wantPeer("workload 192.0.2.1:9092", "192.0.2.1:9092")
+		h.want(newer, "peer", "192.0.2.2:8080")
+		d.stop()
 		if wrong := h.b.Verify("test"); len(wrong) > 0 {
 			t.Errorf("Verify = %q", wrong)
 		}
@@ -216,8 +259,12 @@ func TestCompress(t *testing.T) {
 		{Path: "/system.slice", Covered: true}, {Path: "system.slice/sshd.service/", Covered: false},
 		{Path: "/system.slice/a.service", Covered: true}, {Path: "/user.slice", Covered: false},
 		{Path: "/user.slice/b", Covered: false}, {Path: "/user.slice/b/c", Covered: true},
+		{Path: "/", Covered: false, Below: true}, {Path: "/app", Below: true}, {Path: "/app/a"}, {Path: "/app/b", Covered: true},
 	}
-	want := []verdict{{"/user.slice/b/c", true}, {"/system.slice/sshd.service", false}, {"/user.slice", false}}
+	want := []verdict{
+		{"/user.slice/b/c", true}, {"/app/a", false}, {"/system.slice/sshd.service", false},
+		{"/app", true}, {"/system.slice", true}, {"/", false},
+	}
 	if got := compress(table); !slices.Equal(got, want) {
 		t.Errorf("compress = %v, want %v", got, want)
 	}
