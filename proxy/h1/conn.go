@@ -44,6 +44,9 @@ type downstream struct {
 	line  firstLine
 	sent  []byte // octets of the current head that have passed, if there are not too many
 	ahead int    // how many have
+
+	prologue prologue
+	left     int // octets of it
 }
 
 // upstream is the state of what the server sends.

@@ -25,6 +25,7 @@ type world struct {
 	responses []string
 	refusals  []Refusal
 	decide    func(h *Head) Verdict
+	pass      bool // Refused lets it go on
 }
 
 func newWorld(t testing.TB, cfg Config) *world {
@@ -48,6 +49,9 @@ func (w *world) Response(seq uint32, status int) {
 
 func (w *world) Refused(r Refusal) *Reply {
 	w.refusals = append(w.refusals, r)
+	if w.pass {
+		return Pass
+	}
 	return nil
 }
 

@@ -70,9 +70,10 @@
 // # What the added lines are worth
 //
 // In Enforce a server never sees a client's own lines under the names in
-// Config.Strip. In Observe it does not as long as it reads requests only where
-// this package does: behind a first line that it recognises. Behind the preface of
-// HTTP/2, a line of the PROXY protocol, an upgrade that the server granted, or
-// bytes that the server was the first to send, all passes. In DryRun and Passive
-// every refusal that is reported is a way for a client to write those lines itself.
+// Config.Strip. In Observe it does not as long as it reads requests where this
+// package does: behind a first line, or a header of the PROXY protocol and a first
+// line, as the most lenient servers read it. Behind the preface of HTTP/2, an
+// upgrade that the server granted, or bytes that the server was the first to send,
+// all passes. In DryRun and Passive every refusal that is reported is a way for a
+// client to write those lines itself.
 package h1

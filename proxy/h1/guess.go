@@ -19,11 +19,18 @@ func (c *Conn) strict() bool {
 func (c *Conn) guess(s *step) (progress bool) {
 	d := &c.down
 	raw := s.rest()
+	if d.prologue != noPrologue {
+		c.passPrologue(s)
+		return true
+	}
 	if d.ahead == 0 && strings.HasPrefix(preface, view(raw[:min(len(raw), len(preface))])) {
 		return len(raw) >= len(preface) && c.goOpaque(s.out)
 	}
 	switch d.line.look(raw[d.line.seen-d.ahead:]) {
 	case notHTTP:
+		if c.findPrologue(s) {
+			return true
+		}
 		d.sent, d.ahead = nil, 0
 		return c.goOpaque(s.out)
 	case isHTTP:

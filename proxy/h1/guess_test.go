@@ -140,6 +140,69 @@ func TestIncompleteInPieces(t *testing.T) {
 	}
 }
 
+// TestBehindAProxyHeader: what a balancer sends for its client is HTTP as well.
+func TestBehindAProxyHeader(t *testing.T) {
+	const v2 = "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\xc0\x00\x02\x01\xc0\x00\x02\x02\x00\x01\x00\x50"
+	const request, passes = "FOO / HTTP/1.1\r\nHost: a.test\r\n" + forged + "\r\n", "FOO / HTTP/1.1\r\nHost: a.test\r\n\r\n"
+	for _, header := range []string{"PROXY TCP4 192.0.2.1 192.0.2.2 1 80\r\n", "PROXY UNKNOWN\r\n", v2, "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00", v2 + "PROXY UNKNOWN\r\n"} {
+		for split := range len(header + request) {
+			for _, mode := range []Mode{Observe, Passive} {
+				w := newWorld(t, Config{Mode: mode, Strip: NewNames(IdentityFields()...)})
+				w.client((header + request)[:split])
+				w.client((header + request)[split:])
+				w.wantServer(header + passes)
+				if len(w.requests) != 1 || w.conn.Opaque() || len(w.refusals) > 0 {
+					t.Errorf("%q split at %d: requests %q, opaque %v", header, split, w.requests, w.conn.Opaque())
+				}
+			}
+		}
+		w := newWorld(t, Config{Mode: Observe, Strip: NewNames(IdentityFields()...)})
+		w.chop = 1
+		w.client(header + "GET / HTTP/1.1\nHost: a.test\n" + forged + "\n")
+		w.wantServer(header)
+		wantRefusal(t, w, 400)
+		w = newWorld(t, Config{Mode: Observe})
+		w.chop = 1
+		w.client(header + "PING\r\n")
+		w.wantServer(header + "PING\r\n")
+		if !w.conn.Opaque() || len(w.refusals) > 0 {
+			t.Errorf("%q: opaque %v, refusals %+v", header, w.conn.Opaque(), w.refusals)
+		}
+	}
+}
+
+// TestAlmostAProxyHeader is opaque.
+func TestAlmostAProxyHeader(t *testing.T) {
+	for _, text := range []string{"\r\n\r\n\x00\r\nQUITE" + getA, "\r\n\r\n\x00", "PROXY\r\n" + getA, "PROXY " + strings.Repeat("x", 110) + "\r\n" + getA, "PROXY \x00\r" + getA} {
+		for _, chop := range []int{0, 1} {
+			w := newWorld(t, Config{Mode: Observe})
+			w.chop = chop
+			w.client(text)
+			w.clientFIN()
+			w.wantServer(text)
+			if len(w.requests) > 0 || len(w.refusals) > 0 || !w.serverEOF {
+				t.Errorf("%q: requests %q, refusals %+v", text, w.requests, w.refusals)
+			}
+		}
+	}
+}
+
+// TestPass: a handler may find that nothing is to be refused here.
+func TestPass(t *testing.T) {
+	for _, mode := range []Mode{Enforce, Observe, Passive} {
+		const bad = "GET / HTTP/1.1\r\nHost: a.test\r\nA : b\r\n\r\nand more"
+		w := newWorld(t, Config{Mode: mode})
+		w.pass = true
+		w.client(getA + bad)
+		w.server(ok)
+		w.wantServer(getA + bad)
+		w.wantClient(ok)
+		if !w.conn.Opaque() || w.conn.Lax() != (mode == Passive) || len(w.refusals) != 1 {
+			t.Errorf("mode %d: opaque %v, lax %v, refusals %+v", mode, w.conn.Opaque(), w.conn.Lax(), w.refusals)
+		}
+	}
+}
+
 // TestUpgradeInObserve: any protocol may be upgraded to but HTTP/2, and what
 // follows is a request again if the server does not.
 func TestUpgradeInObserve(t *testing.T) {

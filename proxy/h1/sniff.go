@@ -181,6 +181,9 @@ func (f *firstLine) registered() bool {
 	return n > 1 && strings.Contains(methods, view(b[:n]))
 }
 
+// is reports whether the first word is that.
+func (f *firstLine) is(word string) bool { return f.words > 1 && view(f.word[:f.length]) == word }
+
 // holds reports whether the octets so far can still become the valid request
 // line of a registered method.
 func (f *firstLine) holds() bool { return !f.loose && f.registered() }
