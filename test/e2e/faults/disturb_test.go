@@ -57,6 +57,8 @@ var fails = []string{"nobody listens", "no such host", "no route"}
 
 // unusualNetwork gives the host a second address, and a route of its own to what is marked.
 func (w *site) unusualNetwork() {
+	// Who is not there is given up after three questions of a second each, unless told to be quicker.
+	w.host.Exec(w.t, "sysctl", "-qw", "net.ipv4.neigh."+w.dev+".retrans_time_ms=100")
 	w.host.Exec(w.t, "ip", "addr", "add", "192.0.2.9/24", "dev", w.dev)
 	w.host.Exec(w.t, "ip", "addr", "add", "192.0.2.7/24", "dev", w.dev)
 	w.host.Exec(w.t, "ip", "rule", "add", "fwmark", "7", "table", "77")
