@@ -239,12 +239,12 @@ func hasRules(ctx context.Context, s ScopeSettings) bool {
 // twice, or after nothing, is no error.
 //
 // A running agent is not touched: it is an error.
-func Cleanup(ctx context.Context, s Settings) error {
+func Cleanup(ctx context.Context, s Settings) (err error) {
 	lock, err := lockInstance(s.Instance)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer func() { err = errors.Join(err, lock.remove()) }()
 	if err := leafEmpty(ctx, leafName(s.Instance)); err != nil {
 		return err
 	}
