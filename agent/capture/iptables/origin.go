@@ -75,7 +75,14 @@ func (sc *scope) caller(ctx context.Context, f flow.Flow, local netip.AddrPort) 
 		return sockdiag.Socket{}, capture.ErrNoScope
 	}
 	sock, err := diag.Find(ctx, f.Source, f.Destination, 0)
-	if !errors.Is(err, sockdiag.ErrNotFound) {
+	switch {
+	case err == nil && sock.Inode != 0:
+		return sock, nil
+	case err == nil:
+		// One that has ended, and that the kernel remembers for a minute. Perhaps the
+		// caller's; perhaps another's, whose port conntrack forgot first and gave away.
+		err = fmt.Errorf("socket %v has left its process", sock.Source)
+	case !errors.Is(err, sockdiag.ErrNotFound):
 		return sock, err
 	}
 	// Two callers with one source port and different destinations would be the same
