@@ -104,7 +104,10 @@ func (n *Namespace) Apply(ctx context.Context, want map[Family]Ruleset) error {
 }
 
 // Remove takes away all that carries our prefix, in both variants and families.
-// It goes on after an error and returns all of them.
+// It goes on after an error and returns all of them. In the nft variant the tables that
+// were not there before us go too, unless somebody uses them by now; the legacy variant's
+// stay, empty, for as long as the namespace: its kernel modules have no way to
+// take one back.
 func (n *Namespace) Remove(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -158,6 +161,7 @@ func (n *Namespace) verify(ctx context.Context, v Variant, f Family, want Rulese
 // whole, and we look again.
 func (t *Tools) apply(ctx context.Context, v Variant, f Family, want Ruleset) error {
 	const attempts = 3
+	var unused []string
 	var err error
 	for range attempts {
 		var have state
@@ -167,7 +171,11 @@ func (t *Tools) apply(ctx context.Context, v Variant, f Family, want Ruleset) er
 		if len(want) == 0 && !have.holdsOwn() {
 			return nil
 		}
-		input := transaction(have, want)
+		full := want
+		if v == NFT {
+			full, unused = want.marked(have), have.madeHereFor(want)
+		}
+		input := transaction(have, full)
 		if _, err = run(ctx, input, t.programs[v][f].restore, "--noflush", "-w", lockWait); err == nil {
 			break
 		}
@@ -185,6 +193,7 @@ func (t *Tools) apply(ctx context.Context, v Variant, f Family, want Ruleset) er
 	if wrong := have.diff(want); len(wrong) > 0 {
 		return fmt.Errorf("%w: %s", ErrReadBack, strings.Join(wrong, "; "))
 	}
+	t.dispose(ctx, f, unused)
 	return nil
 }
 

@@ -129,8 +129,9 @@ func (s state) diff(want Ruleset) (wrong []string) {
 		}
 	}
 	for table, chains := range s {
-		for name := range chains {
-			if own(name) && !wanted[table+" "+name] {
+		for name, rules := range chains {
+			mark := name == madeHere && len(rules) == 0 && want.uses(table)
+			if own(name) && !wanted[table+" "+name] && !mark {
 				wrong = append(wrong, fmt.Sprintf("chain %s in table %s is left over", name, table))
 			}
 		}
