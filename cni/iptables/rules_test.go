@@ -147,9 +147,9 @@ func FuzzParseSave(f *testing.F) {
 func TestIdleTables(t *testing.T) {
 	const idle = "*nat\n:OUTPUT ACCEPT [0:0]\n:INPUT ACCEPT [1:2]\nCOMMIT\n"
 	for text, want := range map[string]string{
-		"":   "",
-		idle: "OUTPUT INPUT",
-		idle + "*mangle\n:X - [0:0]\nCOMMIT\n":                       "OUTPUT INPUT",
+		"":                                     "",
+		idle:                                   "OUTPUT INPUT",
+		idle + "*mangle\n:X - [0:0]\nCOMMIT\n": "OUTPUT INPUT",
 		"*nat\n:OUTPUT DROP [0:0]\n:INPUT ACCEPT [0:0]\nCOMMIT\n":     "",
 		"*nat\n:INPUT ACCEPT [0:0]\n:THEIRS - [0:0]\nCOMMIT\n":        "",
 		"*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j ACCEPT\nCOMMIT\n":   "",
