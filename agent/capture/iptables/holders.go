@@ -1,9 +1,13 @@
 package iptables
 
 import (
+	"bytes"
 	"context"
 	"slices"
+	"strconv"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"ringfence.dev/attest/cgroup"
 	"ringfence.dev/attest/proc"
@@ -126,11 +130,48 @@ func (c *callers) members(id uint64) []uint32 {
 		c.mu.Unlock()
 	}
 	// A path that another cgroup has by now lists processes that do not hold the socket.
-	pids, err := c.tree.Processes(path)
+	pids, err := c.processes(path)
 	if err != nil {
 		c.mu.Lock()
 		delete(c.paths, id)
 		c.mu.Unlock()
+	}
+	return pids
+}
+
+// maxProcesses bounds what is read of a cgroup's list: some hundred thousand.
+const maxProcesses = 1 << 20
+
+// processes lists the processes directly in a cgroup, as [cgroup.Tree.Processes] does,
+// in half the system calls: os.ReadFile also asks for the size and registers with
+// the poller, and this is done for each connection.
+func (c *callers) processes(path string) (pids []uint32, err error) {
+	fd, err := unix.Open(c.tree.Root()+path+"/cgroup.procs", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var some [1024]byte // most cgroups have one process, or a few
+	text := some[:0]
+	for len(text) < maxProcesses {
+		if len(text) == cap(text) {
+			text = slices.Grow(text, len(text))
+		}
+		n, err := unix.Read(fd, text[len(text):cap(text)])
+		if err != nil || n == 0 {
+			return numbers(text), err
+		}
+		text = text[:len(text)+n]
+	}
+	return numbers(text), nil
+}
+
+// numbers reads one number a line. 0 stands for a process outside of our pid namespace.
+func numbers(text []byte) (pids []uint32) {
+	for line := range bytes.Lines(text) {
+		if n, err := strconv.ParseUint(string(bytes.TrimSpace(line)), 10, 32); err == nil && n != 0 {
+			pids = append(pids, uint32(n))
+		}
 	}
 	return pids
 }
