@@ -27,10 +27,37 @@
 // very cgroup, not its name: a leaf that was removed and made again is another
 // one, which Verify notices, and Add always writes all rules anew.
 //
+// A rule about a cgroup takes all cgroups below it, those made after the rule was
+// written included. So a host scope's table says where covered ones may come
+// ([capture.Cgroup], Below), and the rules capture there at once; whoever is directly in
+// such a cgroup, or in a new one that turns out uncovered, is let through by the agent
+// undecided until the table has it, about a tenth of a second later. The root is
+// never taken that way: a cgroup made directly below it is captured only
+// from its first table on. Ports are steered unless their listener is known to be
+// uncovered, which is looked up once a second; until then, the agent lets pass.
+//
 // When the agent is gone, the kernel alone already refuses: there is no socket of
 // the agent's cgroup to accept. Scopes that shall pass instead, and agents that
 // hang, need the guard: a small process (see [RunGuard]) that holds each scope's
 // last will and writes it when the agent's heartbeat ends.
+//
+// What it costs when nothing happens: scopes are read back in turn, one each three
+// seconds, with two (IPv6: four) short programs per scope and variant installed,
+// some ten milliseconds of CPU, so that a node with 200 scopes sees each every ten
+// minutes, and one with a single scope every three seconds. The same goes
+// for the guard: one heartbeat, whatever the number of scopes. Somebody's change to
+// rules is therefore noticed within 3 s times the number of scopes; Verify looks at
+// once, and status and check call it. Sockets are sampled in watch mode only, for
+// loopback: observe (one scope a second, connections that stay on the host), and for
+// the listeners of host scopes of which a part is left alone.
+//
+// What it costs per connection: one question to conntrack, one to the socket tables,
+// and a look at the descriptors of the programs that called before. Who has not called
+// before is looked for in the cgroup of the socket, then in all of /proc.
+//
+// Removing the rules removes the tables that came with them (nft), unless they are in
+// use by now; conntrack lets go of the namespace with the last rule that needs it. The
+// legacy variant's tables stay, empty, as long as the namespace.
 //
 // Known limits, each also told by Limits or Verify: who called is found after the
 // fact, through socket tables and /proc (the weaker kind of evidence); a socket
