@@ -21,9 +21,9 @@ var serial int
 func scratch(t *testing.T) Options {
 	t.Helper()
 	nettest.RequireRoot(t)
-	cgroup, _ := nettest.Cgroup(t, "rf-h1-bpf")
+	cgroup, _ := nettest.Cgroup(t, "rf-test-bpf")
 	serial++
-	o := Options{Instance: "i", CgroupRoot: cgroup, PinRoot: fmt.Sprintf("/sys/fs/bpf/rf-h1-bpf-%d-%d", os.Getpid(), serial)}
+	o := Options{Instance: "i", CgroupRoot: cgroup, PinRoot: fmt.Sprintf("/sys/fs/bpf/rf-test-bpf-%d-%d", os.Getpid(), serial)}
 	t.Cleanup(func() {
 		if err := errors.Join(Cleanup(o.PinRoot, o.Instance), os.Remove(o.PinRoot)); err != nil {
 			t.Error(err)

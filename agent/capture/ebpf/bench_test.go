@@ -17,11 +17,11 @@ import (
 // The two calls that each connection costs the agent.
 func BenchmarkConnection(b *testing.B) {
 	nettest.RequireRoot(b)
-	tree, _ := nettest.Cgroup(b, "rf-h1-bench")
+	tree, _ := nettest.Cgroup(b, "rf-test-bench")
 	if err := os.Mkdir(tree+"/agent", 0o755); err != nil {
 		b.Fatal(err)
 	}
-	const root = "/sys/fs/bpf/rf-h1-bench"
+	const root = "/sys/fs/bpf/rf-test-bench"
 	back, err := New(Config{Instance: "b", PinRoot: root, CgroupRoot: tree, AgentCgroup: "agent"})
 	if err != nil {
 		b.Fatalf("%+v", err)
@@ -30,7 +30,7 @@ func BenchmarkConnection(b *testing.B) {
 		back.Close(true)
 		os.Remove(root)
 	})
-	scratch := nettest.NetNS(b, "rf-h1-bench")
+	scratch := nettest.NetNS(b, "rf-test-bench")
 	ns, err := netns.Open(scratch.Path)
 	if err != nil {
 		b.Fatal(err)

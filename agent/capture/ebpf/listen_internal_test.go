@@ -17,11 +17,11 @@ import (
 // them, and a full table is left once there is room.
 func TestReclaim(t *testing.T) {
 	nettest.RequireRoot(t)
-	tree, _ := nettest.Cgroup(t, "rf-h1-reclaim")
+	tree, _ := nettest.Cgroup(t, "rf-test-reclaim")
 	if err := os.Mkdir(tree+"/agent", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	root := fmt.Sprintf("/sys/fs/bpf/rf-h1-reclaim-%d", os.Getpid())
+	root := fmt.Sprintf("/sys/fs/bpf/rf-test-reclaim-%d", os.Getpid())
 	t.Cleanup(func() { os.Remove(root) })
 	b, err := New(Config{Instance: "r", PinRoot: root, CgroupRoot: tree, AgentCgroup: "agent"})
 	if err != nil {
@@ -32,7 +32,7 @@ func TestReclaim(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	scratch := nettest.NetNS(t, "rf-h1-r")
+	scratch := nettest.NetNS(t, "rf-test-r")
 	ns, err := netns.Open(scratch.Path)
 	if err != nil {
 		t.Fatal(err)

@@ -74,7 +74,7 @@ func makeTree() (undo func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	name := fmt.Sprintf("rf-h1-%d", os.Getpid())
+	name := fmt.Sprintf("rf-test-%d", os.Getpid())
 	treeRoot = filepath.Join(root, name)
 	agentDir, appDir, otherDir = filepath.Join(treeRoot, "agent"), filepath.Join(treeRoot, "app"), filepath.Join(treeRoot, "other")
 	pinRoot = "/sys/fs/bpf/" + name
@@ -136,7 +136,7 @@ func newWorld(t *testing.T, mode authz.Mode, change func(*capture.Scope)) *world
 	nettest.RequireRoot(t)
 	serial++
 	w := &world{t: t, flows: make(chan flow.Flow, 100)}
-	w.host, w.peer = nettest.NetNS(t, "rf-h1-a"), nettest.NetNS(t, "rf-h1-b")
+	w.host, w.peer = nettest.NetNS(t, "rf-test-a"), nettest.NetNS(t, "rf-test-b")
 	nettest.VethPair(t, w.host, w.peer, "192.0.2.1/24", "192.0.2.2/24", "2001:db8::1/64", "2001:db8::2/64")
 	ns, err := netns.Open(w.host.Path)
 	if err != nil {
