@@ -255,6 +255,11 @@ func compareResponses(t *testing.T, forwarded string, methods []string, ours []s
 func FuzzConversation(f *testing.F) {
 	f.Add([]byte("\x20"+getA+"\xa6"+ok), byte(0))
 	f.Add([]byte("\x46"+getA+getB), byte(1))
+	for mode := range byte(4) {
+		f.Add([]byte("\x03FOO\x11 /b HTTP/1.1\r\nHo\x0est: a.test\r\n\r\n\xa6"+ok), mode)
+		f.Add([]byte("\x20"+getA+"\x8dICY 200 OK\r\n\r\x20"+getB), mode)
+		f.Add([]byte("\x0fPROXY UNKNOWN\r\n\x20"+getA+"\xa6"+ok+"\x05zz\r\n\x00"), mode)
+	}
 	f.Fuzz(func(t *testing.T, script []byte, mode byte) {
 		if len(script) > 2048 {
 			return
