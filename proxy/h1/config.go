@@ -34,6 +34,7 @@ type Config struct {
 	// Upgrades are the tokens, lower case and without version, that a client may
 	// ask to upgrade to in Enforce and DryRun mode. Nil means websocket only.
 	// h2c is never among them: it is taken out of the request, and the server ignores it.
+	// The token connect stands for the method CONNECT, for services that are proxies.
 	Upgrades []string
 	MaxHead  int // octets of a message head, or of a trailer section
 	// MaxFields is the number of field lines in a head. Servers drop lines past a

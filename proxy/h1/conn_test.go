@@ -29,6 +29,9 @@ type world struct {
 }
 
 func newWorld(t testing.TB, cfg Config) *world {
+	if cfg.Upgrades == nil {
+		cfg.Upgrades = []string{"websocket", connectToken}
+	}
 	w := &world{t: t}
 	w.conn = New(&cfg, w)
 	return w

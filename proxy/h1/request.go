@@ -217,27 +217,42 @@ func lowered(b []byte, out *Out) []byte {
 // websocket is what may be upgraded to when the configuration does not say.
 var websocket = []string{"websocket"}
 
+// connectToken stands among Config.Upgrades for the method CONNECT.
+const connectToken = "connect"
+
 func (h *Head) checkUpgrade(cfg *Config, out *Out) fault {
-	h.Upgrade = ""
+	open := cfg.Mode == Observe || cfg.Mode == Passive
+	if h.connect && !open && !cfg.upgradesTo([]byte(connectToken)) {
+		// A server that is no proxy and answers 200 all the same, as simple handlers
+		// do, would read the tunnel's octets as requests that nobody has decided.
+		return malformed("CONNECT to a service that is not known for a proxy")
+	}
 	if h.fields.upgrades == 0 {
 		return fault{}
 	}
 	h.Upgrade = view(lowered(h.fields.upgrade, out))
-	if cfg.Mode == Observe || cfg.Mode == Passive {
+	if open {
 		return fault{}
 	}
 	if h.fields.upgrades > 1 {
 		return malformed("more than one upgrade")
 	}
-	known := cfg.Upgrades
+	name, _, _ := bytes.Cut(h.fields.upgrade, []byte("/"))
+	if cfg.upgradesTo(name) {
+		return fault{}
+	}
+	return malformed("upgrade to an unknown protocol")
+}
+
+func (c *Config) upgradesTo(name []byte) bool {
+	known := c.Upgrades
 	if known == nil {
 		known = websocket
 	}
-	name, _, _ := bytes.Cut(h.fields.upgrade, []byte("/"))
 	for _, k := range known {
 		if equalLower(name, k) {
-			return fault{}
+			return true
 		}
 	}
-	return malformed("upgrade to an unknown protocol")
+	return false
 }

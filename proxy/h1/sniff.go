@@ -74,13 +74,18 @@ func (f *firstLine) look(b []byte) finding {
 			return found
 		}
 	}
-	if f.seen > maxSniff {
+	// Empty lines are passed over without end: nginx does so too.
+	if f.seen > maxSniff && f.words > 0 {
 		return notHTTP
 	}
 	return undecided
 }
 
-func blank(c byte) bool { return c == ' ' || '\t' <= c && c <= '\r' }
+// blank reports whether some server takes c for white space: beside ASCII's,
+// Python's str.split takes the separators and, in Latin-1, NEL and NBSP.
+func blank(c byte) bool {
+	return c == ' ' || '\t' <= c && c <= '\r' || 0x1c <= c && c <= 0x1f || c == 0x85 || c == 0xa0
+}
 
 func (f *firstLine) blank(c byte) finding {
 	if f.cr && f.request() {

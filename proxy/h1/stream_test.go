@@ -51,6 +51,19 @@ func TestUpgradeRefusedGoesOnAsHTTP(t *testing.T) {
 	}
 }
 
+// A handler that answers 200 to anything, CONNECT included, would take what
+// follows for requests: on a service whose every request is decided, CONNECT needs
+// to be asked for in the configuration.
+func TestConnectIsRefusedUnlessConfigured(t *testing.T) {
+	for _, mode := range []Mode{Enforce, DryRun} {
+		w := newWorld(t, Config{Mode: mode, Upgrades: websocket})
+		w.client(askConnect + getA)
+		if len(w.refusals) != 1 || mode == Enforce && w.toServer.Len() > 0 {
+			t.Errorf("mode %d: refusals %+v, the server got %q", mode, w.refusals, w.toServer.String())
+		}
+	}
+}
+
 func TestUpgradesAreConfigured(t *testing.T) {
 	ask := strings.Replace(askUpgrade, "websocket", "TCP", 1)
 	w := newWorld(t, Config{Upgrades: []string{"tcp"}})
