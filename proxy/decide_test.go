@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -335,5 +336,29 @@ func TestConfigIsChecked(t *testing.T) {
 	r.Drain(context.Background())
 	if _, err := r.AddScope(proxy.ScopeConfig{Name: "t", Network: n}); !errors.Is(err, proxy.ErrStopped) {
 		t.Errorf("AddScope after Drain: %v", err)
+	}
+}
+
+// A connection that is decided, but not in the table yet while policies change,
+// is decided again when it enters.
+func TestReevaluateWhileSettingUp(t *testing.T) {
+	for _, side := range []authz.Side{authz.Egress, authz.Ingress} {
+		t.Run(side.String(), func(t *testing.T) {
+			a, b := pair(t, authz.Enforce, proxytest.Policy{}, proxytest.Policy{})
+			to := b.service(t, "b/sa/one", echo)
+			deciding := b
+			if side != authz.Ingress {
+				deciding = a
+			}
+			var once sync.Once
+			deciding.dec.Set(proxytest.Policy{Connect: func(authz.Connection) bool {
+				once.Do(func() {
+					deciding.dec.Set(proxytest.Policy{Connect: func(authz.Connection) bool { return false }})
+					deciding.relay.Reevaluate()
+				})
+				return true
+			}})
+			wantReset(t, a.dial(t, to))
+		})
 	}
 }

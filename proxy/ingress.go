@@ -327,7 +327,11 @@ func (l *link) run() {
 	if !l.scope.enter(l) {
 		l.abort(errStopped)
 	}
-	l.setMode(l.scope.Mode()) // it may have changed before the link was in the table
+	// Mode and policies may have changed before the link was in the table.
+	l.setMode(l.scope.Mode())
+	if l.scope.relay.decidedLately() {
+		l.reevaluate()
+	}
 	l.begin()
 	p := &l.down
 	if l.own == l.server {

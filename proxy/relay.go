@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -28,9 +30,10 @@ type Relay struct {
 	count counters
 
 	// mu held means scopes is complete: nothing is added once stopping.
-	mu       sync.Mutex
-	scopes   map[string]*Scope
-	stopping bool
+	mu          sync.Mutex
+	scopes      map[string]*Scope
+	stopping    bool
+	reevaluated atomic.Int64 // when Reevaluate was last called, UnixNano
 }
 
 // New makes a relay. Drain or Close ends it.
@@ -105,11 +108,20 @@ func (r *Relay) remove(s *Scope) {
 // It resets those that are no longer permitted, leaves the others alone, and
 // returns how many it reset.
 func (r *Relay) Reevaluate() int {
+	r.reevaluated.Store(time.Now().UnixNano()) // before looking: see decidedLately
 	n := 0
 	for _, s := range r.all() {
 		n += s.reevaluate()
 	}
 	return n
+}
+
+// decidedLately reports whether a link that was decided at most a set-up ago may
+// have been decided by policies that have gone since. It is asked when the link
+// is in the table, where the next Reevaluate finds it.
+func (r *Relay) decidedLately() bool {
+	since := time.Duration(time.Now().UnixNano() - r.reevaluated.Load())
+	return since < r.cfg.SetupTimeout+time.Second
 }
 
 // Retire ends the use of a workload's replaced certificate: no new streams go
