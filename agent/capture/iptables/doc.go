@@ -42,10 +42,10 @@
 // last will and writes it when the agent's heartbeat ends.
 //
 // What it costs when nothing happens: scopes are read back in turn, one each three
-// seconds, with two (IPv6: four) short programs per scope and variant installed,
-// some ten milliseconds of CPU, so that a node with 200 scopes sees each every ten
-// minutes, and one with a single scope every three seconds. The same goes
-// for the guard: one heartbeat, whatever the number of scopes. Somebody's change to
+// seconds, by iptables-save and ip6tables-save of each variant in use (twice on a
+// host, where published ports are looked for too), so that a node with 200 scopes
+// sees each every ten minutes, and one with a single scope every three seconds. The
+// guard gets one heartbeat, whatever the number of scopes. Somebody's change to
 // rules is therefore noticed within 3 s times the number of scopes; Verify looks at
 // once, and status and check call it. Sockets are sampled in watch mode only, for
 // loopback: observe (one scope a second, connections that stay on the host), and for
