@@ -56,6 +56,8 @@ type Agent struct {
 	mu      sync.Mutex
 	scopes  map[string]*scope
 	missing map[string]string // scopes of the last run that were not restored, and why
+	// problems by the part of the agent that has them; see setProblem.
+	problems map[string]string
 }
 
 // New makes an agent from checked settings. Nothing is opened or started.

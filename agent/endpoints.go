@@ -4,32 +4,39 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"ringfence.dev/agent/admin"
 )
 
 // endpoint is a listener with what will answer on it.
 type endpoint struct {
-	listener net.Listener
+	listener net.Listener // nil while another program has the port
 	handler  func(*Agent) http.Handler
+	key      string // in the settings
+	address  string
 }
 
 // openEndpoints opens the admin socket, and metrics and readiness where they are
-// not off. They are open before anything is captured, so that a clash ends the
-// start early; they answer when everything is there.
+// not off. They are open before anything is captured, so that a second agent
+// ends early; they answer when everything is there. Anybody may take the port of
+// metrics or readiness while the agent is down: that must not keep it down, and
+// it is tried again.
 func (a *Agent) openEndpoints(closers *stack) ([]endpoint, error) {
 	ln, err := admin.Listen(a.settings.AdminSocket)
 	if err != nil {
 		return nil, err
 	}
 	closers.push("admin socket", closed(ln))
-	ends := []endpoint{{ln, func(a *Agent) http.Handler { return admin.Handler(a) }}}
+	ends := []endpoint{{listener: ln, handler: func(a *Agent) http.Handler { return admin.Handler(a) }}}
 	for _, e := range []struct {
 		key, listen string
 		handler     func(*Agent) http.Handler
@@ -40,14 +47,69 @@ func (a *Agent) openEndpoints(closers *stack) ([]endpoint, error) {
 		if e.listen == "" {
 			continue
 		}
+		end := endpoint{handler: e.handler, key: e.key, address: e.listen}
 		ln, err := net.Listen("tcp", e.listen)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w: free the port, or set %s.listen to another one or to off", e.key, err, e.key)
+		switch {
+		case err == nil:
+			closers.push(e.key, closed(ln))
+			end.listener = ln
+		case !errors.Is(err, unix.EADDRINUSE):
+			return nil, fmt.Errorf("%s: %w: set %s.listen to an address of this host, or to off", e.key, err, e.key)
+		default:
+			problem := fmt.Sprintf("%s is not served: another program has %s; free the port, or set %s.listen to another one or to off", e.key, e.listen, e.key)
+			a.log.Error(problem)
+			a.setProblem(e.key, problem)
 		}
-		closers.push(e.key, closed(ln))
-		ends = append(ends, endpoint{ln, e.handler})
+		ends = append(ends, end)
 	}
 	return ends, nil
+}
+
+// endpointRetry is how often a taken port is tried again.
+const endpointRetry = 2 * time.Second
+
+// serveEndpoint serves until ctx ends, and waits for the port if it is taken.
+func (a *Agent) serveEndpoint(ctx context.Context, e endpoint) error {
+	if e.listener == nil {
+		tick := time.NewTicker(endpointRetry)
+		defer tick.Stop()
+		for e.listener == nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+			}
+			if ln, err := net.Listen("tcp", e.address); err == nil {
+				e.listener = ln
+			}
+		}
+		a.setProblem(e.key, "")
+	}
+	return serveHTTP(ctx, e.listener, e.handler(a))
+}
+
+// setProblem files what is wrong with one part of the agent, for status; empty means nothing any more.
+func (a *Agent) setProblem(part, text string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.problems == nil {
+		a.problems = map[string]string{}
+	}
+	a.problems[part] = text
+	if text == "" {
+		delete(a.problems, part)
+	}
+}
+
+// currentProblems are those of setProblem, sorted by part.
+func (a *Agent) currentProblems() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	list := []string{}
+	for _, part := range slices.Sorted(maps.Keys(a.problems)) {
+		list = append(list, a.problems[part])
+	}
+	return list
 }
 
 // closed closes a listener that its server may have closed already.

@@ -108,7 +108,7 @@ func (a *Agent) openAll(ctx context.Context, closers *stack) ([]endpoint, error)
 // serve starts everything but capture.
 func (a *Agent) serve(ctx context.Context, g *errgroup.Group, ends []endpoint, hup <-chan os.Signal) {
 	for _, e := range ends {
-		g.Go(func() error { return serveHTTP(ctx, e.listener, e.handler(a)) })
+		g.Go(func() error { return a.serveEndpoint(ctx, e) })
 	}
 	g.Go(func() error { return a.authority.Run(ctx) })
 	g.Go(func() error { return a.svids.Run(ctx) })

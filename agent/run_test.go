@@ -199,12 +199,6 @@ func TestRun(t *testing.T) {
 // Whatever stage the start fails at, it says why and leaves nothing.
 func TestFailedStart(t *testing.T) {
 	warm(t)
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	busy := taken.Addr().String()
 	ns := nettest.NetNS(t, "failstart")
 	ns.Listen(t, "0.0.0.0:15008")
 	file := filepath.Join(t.TempDir(), "file")
@@ -216,8 +210,8 @@ func TestFailedStart(t *testing.T) {
 		break_     func(t *testing.T, s Settings)
 		want       string
 	}{
-		{"metrics port", "metrics: {listen: \"" + busy + "\"}", nil, "metrics.listen"},
-		{"readiness port", "metrics: {listen: \"127.0.0.1:0\"}\nreadiness: {listen: \"" + busy + "\"}", nil, "readiness.listen"},
+		{"metrics address", "metrics: {listen: \"192.0.2.77:15020\"}", nil, "metrics.listen"},
+		{"readiness address", "metrics: {listen: \"127.0.0.1:0\"}\nreadiness: {listen: \"192.0.2.77:15021\"}", nil, "readiness.listen"},
 		{"admin socket", "admin: {socket: " + file + "}", nil, "something else is there"},
 		{"state directory", "state_dir: " + file + "/x", nil, "state directory"},
 		{"decision log", "decision_log: {path: " + file + "/x/y}", nil, "decision log"},
@@ -439,6 +433,37 @@ func TestEndpoints(t *testing.T) {
 	}
 	if _, err := net.Dial("tcp", s.ReadinessListen); err == nil {
 		t.Error("still ready")
+	}
+}
+
+// Whoever takes a port of these pages while the agent is down must not keep it down.
+func TestTakenEndpointIsServedLater(t *testing.T) {
+	s := settingsIn(t, dir(t), "capture: observe\nscopes: []")
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	s.MetricsListen = taken.Addr().String()
+	r := start(t, s)
+	if p := r.Status(t.Context()).Problems; len(p) != 1 || !strings.Contains(p[0], "metrics.listen") {
+		t.Errorf("problems %q", p)
+	}
+	taken.Close()
+	nettest.Wait(t, "metrics to be served", func() bool {
+		resp, err := http.Get("http://" + s.MetricsListen + "/metrics")
+		if err != nil {
+			return false
+		}
+		resp.Body.Close()
+		return resp.StatusCode == 200
+	})
+	http.DefaultClient.CloseIdleConnections()
+	if p := r.Status(t.Context()).Problems; len(p) > 0 {
+		t.Errorf("problems %q", p)
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -22,7 +22,7 @@ func (a *Agent) Status(ctx context.Context) admin.Status {
 		Version: a.version, Instance: a.settings.Instance, PID: os.Getpid(), Started: a.started,
 		Host: a.settings.Host, TrustDomain: a.settings.TrustDomain.Name(),
 		Capture: a.backend.Name(), CaptureReason: a.backendReason,
-		Ready: a.Ready() == nil, Problems: []string{}, Counters: map[string]int64{},
+		Ready: a.Ready() == nil, Problems: a.currentProblems(), Counters: map[string]int64{},
 	}
 	for _, sc := range a.scopeList() {
 		st := a.scopeStatus(ctx, sc)
