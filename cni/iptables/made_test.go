@@ -18,7 +18,7 @@ func nftNamespace(t *testing.T) (*iptables.Tools, *nettest.NS, *netns.Handle) {
 	if err != nil {
 		t.Skip("no iptables-nft programs")
 	}
-	ns := nettest.NetNS(t, "rf-h2-fw")
+	ns := nettest.NetNS(t, "rf-test-fw")
 	h, err := netns.Open(ns.Path)
 	if err != nil {
 		t.Fatal(err)

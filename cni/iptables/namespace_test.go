@@ -41,7 +41,7 @@ func forEachVariant(t *testing.T, f func(t *testing.T, v iptables.Variant, tools
 	tools := find(t)
 	for _, v := range tools.Variants() {
 		t.Run(string(v), func(t *testing.T) {
-			ns := nettest.NetNS(t, "rf-h2-fw")
+			ns := nettest.NetNS(t, "rf-test-fw")
 			h, err := netns.Open(ns.Path)
 			if err != nil {
 				t.Fatal(err)
@@ -149,7 +149,7 @@ func TestLeftoversOfOtherVariantGo(t *testing.T) {
 	if len(tools.Variants()) < 2 {
 		t.Skip("only one variant of iptables is installed")
 	}
-	ns := nettest.NetNS(t, "rf-h2-fw")
+	ns := nettest.NetNS(t, "rf-test-fw")
 	h, err := netns.Open(ns.Path)
 	if err != nil {
 		t.Fatal(err)

@@ -56,7 +56,7 @@ type host struct {
 // newHost makes the two hosts; the agent listens, nothing is captured yet.
 func newHost(t *testing.T, v fw.Variant, guard *Guard) *host {
 	nettest.RequireRoot(t)
-	h := &host{t: t, ns: nettest.NetNS(t, "rf-h2-a"), peer: nettest.NetNS(t, "rf-h2-b")}
+	h := &host{t: t, ns: nettest.NetNS(t, "rf-test-a"), peer: nettest.NetNS(t, "rf-test-b")}
 	nettest.VethPair(t, h.ns, h.peer, "192.0.2.1/24", "192.0.2.2/24", "2001:db8::1/64", "2001:db8::2/64")
 	var err error
 	if h.h, err = netns.Open(h.ns.Path); err != nil {

@@ -55,7 +55,7 @@ func enterLeaf() (home string, err error) {
 		return "", err
 	}
 	cg.root = tree.Root()
-	cg.base = "/rf-h2-" + strconv.Itoa(os.Getpid())
+	cg.base = "/rf-test-" + strconv.Itoa(os.Getpid())
 	cg.agent, cg.work, cg.other = cg.base+"/agent", cg.base+"/work", cg.base+"/other"
 	for _, dir := range []string{cg.base, cg.agent, cg.work, cg.other, cg.other + "/deep"} {
 		if err := os.Mkdir(filepath.Join(cg.root, dir), 0o755); err != nil {

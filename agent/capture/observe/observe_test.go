@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 // watched is a scratch namespace under observation.
 func watched(t *testing.T, loopback capture.Loopback) (*Backend, *nettest.NS) {
 	t.Helper()
-	ns := nettest.NetNS(t, "rf-h2-obs")
+	ns := nettest.NetNS(t, "rf-test-obs")
 	h, err := netns.Open(ns.Path)
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +147,7 @@ func TestLoopbackIgnored(t *testing.T) {
 // Of a captured scope only what stays on the host is told, and nothing of the
 // agent's; several such scopes take turns.
 func TestLoopbackOnly(t *testing.T) {
-	ns, peer := nettest.NetNS(t, "rf-h2-obs"), nettest.NetNS(t, "rf-h2-far")
+	ns, peer := nettest.NetNS(t, "rf-test-obs"), nettest.NetNS(t, "rf-test-far")
 	nettest.VethPair(t, ns, peer, "192.0.2.1/24", "192.0.2.2/24", "2001:db8::1/64", "2001:db8::2/64")
 	h, err := netns.Open(ns.Path)
 	if err != nil {
@@ -230,7 +230,7 @@ func TestRunEnds(t *testing.T) {
 func TestUncoveredIsMarked(t *testing.T) {
 	b, ns := watched(t, capture.LoopbackObserve)
 	connect(t, ns, ns.Listen(t, "127.0.0.1:0"))
-	_, id := nettest.Cgroup(t, "rf-h2-obs")
+	_, id := nettest.Cgroup(t, "rf-test-obs")
 	if err := b.SetCgroups("s", []capture.Cgroup{{ID: id, Covered: true}, {ID: ownID(t), Covered: false}}); err != nil {
 		t.Fatal(err)
 	}
