@@ -40,7 +40,7 @@ func (e *examination) bypass() {
 	row("raw IP sockets", hooks, "refused in enforcing scopes",
 		"not refused: no sock_create hook; take CAP_NET_RAW from workloads (hand-made TCP segments meet the packet filter like any other)")
 	lsm := e.bpfLSM()
-	row("packet, vsock, XDP and TIPC sockets", false, "",
+	row("packet, vsock, SMC, XDP and TIPC sockets", false, "",
 		"not refused ("+lsmText(lsm)+"): take CAP_NET_RAW from workloads, and block the modules")
 	row("sockets received from outside the scope", hooks, "who uses the socket counts, whoever made it",
 		"the maker's cgroup counts, not the user's: in a host scope an uncovered program can hand a socket to a covered one")
@@ -51,6 +51,7 @@ func (e *examination) bypass() {
 	row("moving a process out of its cgroup (host scope)", false, "", "possible for whoever may write to the cgroup tree: root only, unless it was delegated")
 	row("becoming another program after connect", hooks, "the program that connected counts, not the one it became",
 		"who is calling is found after the fact: a program that connects and at once becomes another passes for that one, so let entries name units, not paths")
+	row("traffic forwarded for another namespace", false, "", "a program with CAP_NET_ADMIN in a scope can make a namespace of its own behind it; take CAP_NET_ADMIN and CAP_SYS_ADMIN from workloads")
 	row("rules removed by a program with CAP_NET_ADMIN", hooks, "the hooks cannot be reached from inside a scope",
 		"noticed by the agent's own check and written again; until then traffic is in clear")
 }

@@ -222,7 +222,8 @@ func TestBypassTable(t *testing.T) {
 		"UDP, QUIC": {Missing, Missing, Missing},
 		"connections open before the scope was added":     {Missing, Missing, Missing},
 		"moving a process out of its cgroup (host scope)": {Missing, Missing, Missing},
-		"packet, vsock, XDP and TIPC sockets":             {Missing, Missing, Missing},
+		"traffic forwarded for another namespace":         {Missing, Missing, Missing},
+		"packet, vsock, SMC, XDP and TIPC sockets":        {Missing, Missing, Missing},
 		"binding the agent's ports while it is down":      {Found, Found, Missing},
 	} {
 		for i, capture := range []string{"ebpf", "iptables", "observe"} {
@@ -231,11 +232,11 @@ func TestBypassTable(t *testing.T) {
 			}
 		}
 	}
-	if c := find(t, examine(t.Context(), Options{}, h), "packet, vsock, XDP and TIPC sockets"); !strings.Contains(c.Detail, "active") {
+	if c := find(t, examine(t.Context(), Options{}, h), "packet, vsock, SMC, XDP and TIPC sockets"); !strings.Contains(c.Detail, "active") {
 		t.Errorf("%+v", c)
 	}
 	h.lsm = func() (string, error) { return "", os.ErrNotExist }
-	if c := find(t, examine(t.Context(), Options{}, h), "packet, vsock, XDP and TIPC sockets"); !strings.Contains(c.Detail, "lsm=") {
+	if c := find(t, examine(t.Context(), Options{}, h), "packet, vsock, SMC, XDP and TIPC sockets"); !strings.Contains(c.Detail, "lsm=") {
 		t.Errorf("%+v", c)
 	}
 }

@@ -30,6 +30,9 @@ func doctorCommand(client func() *admin.Client) *cobra.Command {
 			var st admin.Status
 			if client().Get(cmd.Context(), "/v1/status", nil, &st) == nil {
 				o.AgentPID = st.PID
+				if !cmd.Flags().Changed("config") {
+					o.Capture = st.Capture // its settings are elsewhere
+				}
 			}
 			r := doctor.Run(cmd.Context(), o)
 			if st.PID != 0 {

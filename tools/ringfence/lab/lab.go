@@ -127,6 +127,9 @@ func (o Options) checked() (Options, error) {
 	if !slices.Contains([]string{"auto", "ebpf", "iptables", "off"}, o.Capture) {
 		errs = append(errs, fmt.Errorf("capture %q is none of auto, ebpf, iptables, off", o.Capture))
 	}
+	if len(o.Agents) != len(slices.Compact(slices.Sorted(slices.Values(o.Agents)))) {
+		errs = append(errs, fmt.Errorf("agents %q: a host is named twice", o.Agents))
+	}
 	for _, h := range o.Agents {
 		errs = append(errs, isHost(h))
 	}

@@ -85,7 +85,7 @@ func fault(t *testing.T, host, what string) {
 func TestOptionsRefused(t *testing.T) {
 	for _, o := range []Options{
 		{Name: "Lab"}, {Name: "../x"}, {Name: "a-"}, {Name: strings.Repeat("x", 21)},
-		{Capture: "magic"}, {Agents: []string{"c"}}, {Agents: []string{""}}, {Mode: "off"},
+		{Capture: "magic"}, {Agents: []string{"c"}}, {Agents: []string{"a", "b", "a"}}, {Agents: []string{""}}, {Mode: "off"},
 		{TrustDomain: "https://lab.test"}, {TrustDomain: "Lab Test"},
 		{Policies: "/nonexistent"}, {Policies: "/etc/hostname"},
 	} {
