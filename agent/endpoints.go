@@ -124,20 +124,23 @@ func closed(ln net.Listener) func() error {
 
 // serveHTTP serves until ctx ends; running requests get a second to finish.
 func serveHTTP(ctx context.Context, ln net.Listener, h http.Handler) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10}
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
-		bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		defer cancel()
+		bound, done := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer done()
 		if srv.Shutdown(bound) != nil {
 			srv.Close()
 		}
 	}()
 	err := srv.Serve(ln)
+	cancel()
+	<-stopped
 	if errors.Is(err, http.ErrServerClosed) {
-		<-stopped
 		return nil
 	}
 	return fmt.Errorf("serve %s: %w", ln.Addr(), err)

@@ -176,18 +176,20 @@ func (s *Scope) accepted(ctx context.Context, conn *tunnel.Conn, stream *tunnel.
 	if shown, port := conn.Shown(); port != 0 {
 		l.shown = shown
 	}
+	live := s.relay.count.live.Add(1)
 	s.mu.Lock()
-	cut := s.cut
+	cut := s.cut || live > int64(s.relay.cfg.MaxConnections)
 	if !cut {
 		// conn's own goroutine is among the work, so it cannot have dropped to zero.
 		s.work.Add(1)
 	}
 	s.mu.Unlock()
 	if cut {
+		s.relay.count.live.Add(-1)
+		s.relay.count.shed.Add(1)
 		stream.Close()
 		return (*downSink)(l)
 	}
-	s.relay.count.live.Add(1)
 	go func() {
 		defer s.work.Done()
 		defer s.relay.count.live.Add(-1)

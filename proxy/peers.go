@@ -16,8 +16,7 @@ import (
 var (
 	// errSilent reports a peer that neither accepts nor refuses on the tunnel's
 	// port. That is no proof that it has no agent.
-	errSilent = errors.New("peer does not answer on the tunnel's port")
-	// errPlaintext reports a peer that has an agent and may not be spoken to without it.
+	errSilent    = errors.New("peer does not answer on the tunnel's port")
 	errChanged   = errors.New("peer's identity is not the one known for its address")
 	errPeersFull = errors.New("too many peers to remember")
 )

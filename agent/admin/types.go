@@ -1,6 +1,6 @@
 // Package admin is the agent's control interface: HTTP with JSON over a unix
-// socket that only root can open. The command and the dashboard read the agent
-// through it and through nothing else.
+// socket that only root can open. The command reads the agent through it
+// and through nothing else.
 //
 // The shapes here are the public contract. A field may be added; none changes
 // its meaning.
