@@ -184,8 +184,22 @@ func (r *Relay) dialTunnel(ctx context.Context, key tunnel.Key, cert *tls.Certif
 	})
 	if err != nil {
 		r.count.handshakeErrors.Add(1)
+		err = withoutCertificate(err, key.To.Port())
 	}
 	return conn, err
+}
+
+// alertInternalError is TLS alert 80 (RFC 8446 section 6.2), which a server sends
+// when it has no certificate to show.
+const alertInternalError tls.AlertError = 80
+
+// withoutCertificate says what that alert mostly means between agents.
+func withoutCertificate(err error, port uint16) error {
+	var alert tls.AlertError
+	if errors.As(err, &alert) && alert == alertInternalError {
+		return fmt.Errorf("the peer's agent has no certificate for port %d: nobody listens there, or who does has no identity (%w)", port, err)
+	}
+	return err
 }
 
 // dial opens a prepared socket inside the scope and connects it.

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -54,7 +55,11 @@ func policyCheck() *cobra.Command {
 				for _, p := range problems {
 					fmt.Fprintln(w, p)
 				}
-				if len(problems) == 0 {
+				switch {
+				case len(problems) > 0:
+				case empty(args[0]):
+					fmt.Fprintln(w, "there is no policy: an enforcing scope refuses everything")
+				default:
 					fmt.Fprintln(w, "all policies are sound")
 				}
 			}
@@ -66,4 +71,14 @@ func policyCheck() *cobra.Command {
 	}
 	out.register(cmd)
 	return cmd
+}
+
+// empty reports whether a directory holds no policy files.
+func empty(dir string) bool {
+	for _, pattern := range []string{"*.cedar", "*.json"} {
+		if found, _ := filepath.Glob(filepath.Join(dir, pattern)); len(found) > 0 {
+			return false
+		}
+	}
+	return true
 }
