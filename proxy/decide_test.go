@@ -106,6 +106,9 @@ func TestUnidentified(t *testing.T) {
 	a.deniedAs(t, a.outbound, to, 4711)
 	// Nobody listens: the far side answers, the near client is reset.
 	a.denied(t, netip.AddrPortFrom(b.net.IP, 1))
+	if !a.dec.Logged("nobody listens there") {
+		t.Errorf("log = %q", a.dec.Log())
+	}
 	a.denied(t, netip.AddrPortFrom(a.net.IP, 1))
 
 	a, b = pair(t, authz.DryRun, proxytest.Policy{Connect: deny}, proxytest.Policy{Connect: deny})

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -195,8 +196,8 @@ const alertInternalError tls.AlertError = 80
 
 // withoutCertificate says what that alert mostly means between agents.
 func withoutCertificate(err error, port uint16) error {
-	var alert tls.AlertError
-	if errors.As(err, &alert) && alert == alertInternalError {
+	var remote *net.OpError // crypto/tls tells a peer's alert in this form, with a type of its own inside
+	if errors.As(err, &remote) && remote.Op == "remote error" && remote.Err.Error() == alertInternalError.Error() {
 		return fmt.Errorf("the peer's agent has no certificate for port %d: nobody listens there, or who does has no identity (%w)", port, err)
 	}
 	return err
