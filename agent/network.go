@@ -1,9 +1,12 @@
 package agent
 
 import (
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,6 +26,8 @@ type network struct {
 	mesh    []netip.Prefix
 	byUnit  bool // see identitiesByUnit
 	refused func(flow.Flow, workload.Identity)
+	log     *slog.Logger
+	told    atomic.Int64 // when tellUnknown last spoke, in Unix seconds
 }
 
 var _ proxy.Network = (*network)(nil)
@@ -30,6 +35,7 @@ var _ proxy.Network = (*network)(nil)
 func (n *network) Origin(d flow.Direction, fd int, local, remote netip.AddrPort) (flow.Flow, error) {
 	f, err := n.backend.Origin(n.scope, d, fd, local, remote)
 	if err != nil {
+		n.tellUnknown(err, d, remote)
 		return flow.Flow{}, err
 	}
 	// What connect(2) takes for loopback: 0.0.0.0 and :: (Linux sends both to itself).
@@ -42,6 +48,16 @@ func (n *network) Origin(d flow.Direction, fd int, local, remote netip.AddrPort)
 		f.Destination = netip.AddrPortFrom(ip, f.Destination.Port())
 	}
 	return f, nil
+}
+
+// tellUnknown says, once a second at most, that a connection was reset because
+// nobody knows where it was going or who opened it: nothing else is recorded of it.
+func (n *network) tellUnknown(err error, d flow.Direction, remote netip.AddrPort) {
+	now, last := time.Now().Unix(), n.told.Load()
+	if now == last || !n.told.CompareAndSwap(last, now) {
+		return
+	}
+	n.log.Warn("reset a connection of unknown origin", "scope", n.scope, "direction", d, "from", remote, "err", err)
 }
 
 func (n *network) Socket(family int) (int, error) {

@@ -154,7 +154,7 @@ func (a *Agent) openScope(s ScopeSettings) (sc *scope, err error) {
 	}
 	ctx, cancel := context.WithCancel(a.life)
 	sc = &scope{ns: ns, addrs: addrs, settings: s, cancel: cancel}
-	sc.network = &network{scope: s.Name, ns: ns, addrs: addrs, backend: a.backend, mesh: a.settings.MeshNetworks, byUnit: identitiesByUnit(a.settings.Entries), refused: a.rememberRefusal}
+	sc.network = &network{scope: s.Name, ns: ns, addrs: addrs, backend: a.backend, mesh: a.settings.MeshNetworks, byUnit: identitiesByUnit(a.settings.Entries), refused: a.rememberRefusal, log: a.log}
 	sc.running.Go(func() {
 		if err := addrs.run(ctx, a.log, func() { a.addressesChanged(ctx, sc) }); err != nil {
 			a.log.Error("addresses of a scope are no longer followed", "scope", s.Name, "err", err)
