@@ -98,7 +98,16 @@ int rf_flows(struct bpf_sock_ops *ctx)
 SEC("raw_tp/sched_process_exec")
 int rf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
-	on_exec((struct task_struct *)ctx->args[0]);
+	on_exec((struct task_struct *)ctx->args[0], 0);
+	return 0;
+}
+
+/* Linux 6.10, before the point of no return: /proc shows the new executable only after this, but before
+ * sched_process_exec. */
+SEC("raw_tp/sched_prepare_exec")
+int rf_exec_soon(struct bpf_raw_tracepoint_args *ctx)
+{
+	on_exec((struct task_struct *)ctx->args[0], 1);
 	return 0;
 }
 

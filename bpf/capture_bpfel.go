@@ -254,6 +254,7 @@ const (
 	captureProgRfConnect4     = "rf_connect4"
 	captureProgRfConnect6     = "rf_connect6"
 	captureProgRfExec         = "rf_exec"
+	captureProgRfExecSoon     = "rf_exec_soon"
 	captureProgRfFlows        = "rf_flows"
 	captureProgRfPeername4    = "rf_peername4"
 	captureProgRfPeername6    = "rf_peername6"
@@ -321,6 +322,7 @@ type captureProgramSpecs struct {
 	RfConnect4   *ebpf.ProgramSpec `ebpf:"rf_connect4"`
 	RfConnect6   *ebpf.ProgramSpec `ebpf:"rf_connect6"`
 	RfExec       *ebpf.ProgramSpec `ebpf:"rf_exec"`
+	RfExecSoon   *ebpf.ProgramSpec `ebpf:"rf_exec_soon"`
 	RfFlows      *ebpf.ProgramSpec `ebpf:"rf_flows"`
 	RfPeername4  *ebpf.ProgramSpec `ebpf:"rf_peername4"`
 	RfPeername6  *ebpf.ProgramSpec `ebpf:"rf_peername6"`
@@ -452,6 +454,7 @@ type capturePrograms struct {
 	RfConnect4   *ebpf.Program `ebpf:"rf_connect4"`
 	RfConnect6   *ebpf.Program `ebpf:"rf_connect6"`
 	RfExec       *ebpf.Program `ebpf:"rf_exec"`
+	RfExecSoon   *ebpf.Program `ebpf:"rf_exec_soon"`
 	RfFlows      *ebpf.Program `ebpf:"rf_flows"`
 	RfPeername4  *ebpf.Program `ebpf:"rf_peername4"`
 	RfPeername6  *ebpf.Program `ebpf:"rf_peername6"`
@@ -470,6 +473,7 @@ func (p *capturePrograms) Close() error {
 		p.RfConnect4,
 		p.RfConnect6,
 		p.RfExec,
+		p.RfExecSoon,
 		p.RfFlows,
 		p.RfPeername4,
 		p.RfPeername6,

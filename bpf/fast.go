@@ -99,17 +99,23 @@ func (i *Instance) ExecID(tgid uint32, start uint64) (uint64, error) {
 	return r.id, err
 }
 
-// watchExecs starts filling the table that ExecID reads. The link is not
-// pinned: without an agent nobody asks.
+// watchExecs starts filling the table that ExecID reads. The links are not
+// pinned: without an agent nobody asks. Before Linux 6.10 there is a moment
+// during execve in which /proc shows the new executable and the table does not know yet.
 func (i *Instance) watchExecs() error {
 	if !i.Has(featureBTF) {
 		return nil
 	}
-	l, err := link.AttachRawTracepoint(link.RawTracepointOptions{Name: "sched_process_exec", Program: i.coll.Programs["rf_exec"]})
-	if err != nil {
-		return fmt.Errorf("attach rf_exec: %w", err)
+	for point, name := range map[string]string{"sched_process_exec": "rf_exec", "sched_prepare_exec": "rf_exec_soon"} {
+		l, err := link.AttachRawTracepoint(link.RawTracepointOptions{Name: point, Program: i.coll.Programs[name]})
+		if err != nil && name == "rf_exec_soon" && errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("attach %s: %w", name, err)
+		}
+		i.execs = append(i.execs, l)
 	}
-	i.execs = l
 	return nil
 }
 

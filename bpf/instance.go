@@ -46,7 +46,7 @@ type Instance struct {
 	coll     *ebpf.Collection     // all programs but rf_steer
 	adopted  bool
 	features []Feature
-	execs    link.Link // of rf_exec; nil without BTF
+	execs    []link.Link // of rf_exec and rf_exec_soon; none without BTF
 
 	// using held for reading means that the tables are open and listens is mapped.
 	using   sync.RWMutex
@@ -260,10 +260,10 @@ func (i *Instance) Close() error {
 	defer i.using.Unlock()
 	i.closed = true
 	var errs []error
-	if i.execs != nil {
-		errs = append(errs, i.execs.Close())
-		i.execs = nil
+	for _, l := range i.execs {
+		errs = append(errs, l.Close())
 	}
+	i.execs = nil
 	if i.listens != nil {
 		errs = append(errs, unix.Munmap(i.listens))
 		i.listens = nil

@@ -68,7 +68,7 @@ func TestNamesFit(t *testing.T) {
 		}
 	}
 	for name := range spec.Programs {
-		if _, ok := attachments[name]; len(name) > 15 || (!ok && name != "rf_steer" && name != "rf_exec") {
+		if _, ok := attachments[name]; len(name) > 15 || (!ok && name != "rf_steer" && name != "rf_exec" && name != "rf_exec_soon") {
 			t.Errorf("program %s is too long or attached nowhere", name)
 		}
 	}

@@ -25,8 +25,8 @@ static __always_inline void note_caller(struct note *n)
 	}
 }
 
-/* After a successful execve: the thread group is another image from now on. */
-static __always_inline void on_exec(struct task_struct *task)
+/* The thread group becomes another image: its exec id is to be at least what it was plus ahead. */
+static __always_inline void on_exec(struct task_struct *task, __u64 ahead)
 {
 	struct image_key key = {};
 	__u64 id;
@@ -35,7 +35,7 @@ static __always_inline void on_exec(struct task_struct *task)
 		return;
 	key.tgid = bpf_get_current_pid_tgid() >> 32;
 	key.start = BPF_CORE_READ(task, group_leader, start_boottime);
-	id = BPF_CORE_READ(task, group_leader, self_exec_id);
+	id = BPF_CORE_READ(task, group_leader, self_exec_id) + ahead;
 	bpf_map_update_elem(&rf_execs, &key, &id, BPF_ANY);
 }
 
