@@ -8,13 +8,14 @@ import (
 	"testing"
 
 	"ringfence.dev/ca/keystore"
+	"ringfence.dev/test/nettest"
 )
 
 // TestOpenSSLAgrees has another implementation judge a chain, for both roles of TLS.
 func TestOpenSSLAgrees(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
-		t.Skip("openssl is not installed")
+		nettest.Missing(t, "openssl is not installed")
 	}
 	a := newAuthority(t)
 	chain := mustIssue(t, a, "spiffe://lab.test/ns/b/sa/web", 0)

@@ -16,7 +16,7 @@ func nftNamespace(t *testing.T) (*iptables.Tools, *nettest.NS, *netns.Handle) {
 	nettest.RequireRoot(t)
 	tools, err := find(t).Only(iptables.NFT)
 	if err != nil {
-		t.Skip("no iptables-nft programs")
+		nettest.Missing(t, "no iptables-nft programs")
 	}
 	ns := nettest.NetNS(t, "rf-test-fw")
 	h, err := netns.Open(ns.Path)

@@ -58,7 +58,7 @@ func find(t *testing.T) *iptables.Tools {
 	t.Helper()
 	tools, err := iptables.Find(t.Context())
 	if errors.Is(err, iptables.ErrNotFound) && os.Getenv(nettest.RootTestsEnv) != "1" {
-		t.Skip("iptables is not installed")
+		nettest.Missing(t, "iptables is not installed")
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +147,7 @@ func TestLeftoversOfOtherVariantGo(t *testing.T) {
 	nettest.RequireRoot(t)
 	tools := find(t)
 	if len(tools.Variants()) < 2 {
-		t.Skip("only one variant of iptables is installed")
+		nettest.Missing(t, "only one variant of iptables is installed")
 	}
 	ns := nettest.NetNS(t, "rf-test-fw")
 	h, err := netns.Open(ns.Path)

@@ -88,3 +88,13 @@ func poll(limit time.Duration, cond func() bool) bool {
 func unique(name string) string {
 	return fmt.Sprintf("%s-%d-%d", name, os.Getpid(), serial.Add(1))
 }
+
+// Missing skips a test for want of a program, and fails it where everything is
+// to be run: there the set-up installs what the tests need.
+func Missing(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv(RootTestsEnv) == "1" {
+		t.Fatalf("%s; %s=1 says that nothing is to be skipped", what, RootTestsEnv)
+	}
+	t.Skip(what)
+}
