@@ -28,23 +28,10 @@ type egress struct {
 // serveOutbound takes one connection that a workload opened. On every way out
 // before the link lives, the client is reset: it has seen a handshake, not a byte.
 func (s *Scope) serveOutbound(ctx context.Context, a socket.Accepted) *link {
-	local, err := socket.LocalAddr(a.FD)
-	var f flow.Flow
-	if err == nil {
-		f, err = s.network.Origin(flow.Outbound, a.FD, local, a.Remote)
-	}
-	if err != nil {
-		s.relay.count.noOrigin.Add(1)
-		socket.ResetFD(a.FD)
+	client, f := s.captured(flow.Outbound, a)
+	if client == nil {
 		return nil
 	}
-	client, err := socket.New(a.FD)
-	if err != nil {
-		s.relay.count.failed.Add(1)
-		return nil
-	}
-	f.Scope, f.Direction = s.name, flow.Outbound
-	f.Source, f.Destination = unmap(f.Source), unmap(f.Destination)
 	e := &egress{Scope: s, client: client, flow: f}
 	setup, cancel := context.WithTimeout(ctx, s.relay.cfg.SetupTimeout)
 	l := e.establish(setup)

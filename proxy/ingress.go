@@ -23,23 +23,10 @@ import (
 // serveInbound takes one plaintext connection to a workload of the scope: from
 // a peer without an agent, and so without an identity.
 func (s *Scope) serveInbound(ctx context.Context, a socket.Accepted) *link {
-	local, err := socket.LocalAddr(a.FD)
-	var f flow.Flow
-	if err == nil {
-		f, err = s.network.Origin(flow.Inbound, a.FD, local, a.Remote)
-	}
-	if err != nil {
-		s.relay.count.noOrigin.Add(1)
-		socket.ResetFD(a.FD)
+	client, f := s.captured(flow.Inbound, a)
+	if client == nil {
 		return nil
 	}
-	client, err := socket.New(a.FD)
-	if err != nil {
-		s.relay.count.failed.Add(1)
-		return nil
-	}
-	f.Scope, f.Direction = s.name, flow.Inbound
-	f.Source, f.Destination = unmap(f.Source), unmap(f.Destination)
 	l := s.newLink(CarrierPlain)
 	l.down.attach(client)
 	setup, cancel := context.WithTimeout(ctx, s.relay.cfg.SetupTimeout)

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"ringfence.dev/policy/authz"
+	"ringfence.dev/proxy/flow"
 	"ringfence.dev/proxy/h1"
 	"ringfence.dev/proxy/socket"
 	"ringfence.dev/proxy/tunnel"
@@ -190,6 +191,29 @@ func (s *Scope) admit(ctx context.Context, a socket.Accepted, serve func(context
 			l.run()
 		}
 	}()
+}
+
+// captured asks where an accepted connection was going. One that nobody knows
+// anything of is reset, and the returned socket is nil.
+func (s *Scope) captured(d flow.Direction, a socket.Accepted) (*socket.Conn, flow.Flow) {
+	local, err := socket.LocalAddr(a.FD)
+	var f flow.Flow
+	if err == nil {
+		f, err = s.network.Origin(d, a.FD, local, a.Remote)
+	}
+	if err != nil {
+		s.relay.count.noOrigin.Add(1)
+		socket.ResetFD(a.FD)
+		return nil, flow.Flow{}
+	}
+	client, err := socket.New(a.FD)
+	if err != nil {
+		s.relay.count.failed.Add(1)
+		return nil, flow.Flow{}
+	}
+	f.Scope, f.Direction = s.name, d
+	f.Source, f.Destination = unmap(f.Source), unmap(f.Destination)
+	return client, f
 }
 
 // enter puts a link into the table, or reports false when the scope is stopping.
